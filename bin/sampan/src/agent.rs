@@ -1,0 +1,112 @@
+//! `sampan agent`: a node that joins a server. It needs outbound TCP to the server's port and nothing else.
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use http::{Request, StatusCode, header};
+use http_body_util::Empty;
+use hyper_util::rt::TokioIo;
+use sampan_pki::LiveCertificate;
+
+use crate::join::{self, Membership};
+use crate::node::{self, KubeletApi, NodeArgs};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Server to join, https://HOST:6443
+    #[arg(short, long, env = "SAMPAN_URL", help_heading = "Cluster")]
+    server: String,
+    /// Token to join with: <data-dir>/server/node-token of the server, or one of `sampan token create`
+    #[arg(short, long, env = "SAMPAN_TOKEN", help_heading = "Cluster")]
+    token: Option<String>,
+    #[command(flatten)]
+    node: NodeArgs,
+}
+
+const FIRST_DELAY: Duration = Duration::from_millis(500);
+const MAX_DELAY: Duration = Duration::from_secs(15);
+
+pub fn run(args: Args) -> Result<()> {
+    sampan_telemetry::init(&args.node.log_filter());
+    crate::runtime()?.block_on(serve(args))
+}
+
+async fn serve(args: Args) -> Result<()> {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    join::address_of(&args.server)?;
+    let folder = args.node.data_dir.join("agent");
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("making {} (--data-dir names another place)", folder.display()))?;
+    let name = args.node.name()?;
+    let membership = join_patiently(&args, &folder, &name).await?;
+    let kubeconfig = membership.kubeconfig();
+    sampan_world::files::write_atomic(&folder.join("kubelet.kubeconfig"), kubeconfig.as_bytes(), 0o600)?;
+    let client = node::client_of_kubeconfig(&kubeconfig).await?;
+    let kubelet = node::start(&args.node, &membership.cluster, client).await?;
+    let live = LiveCertificate::new(&membership.pair)?;
+    sampan_telemetry::supervise("tunnel", {
+        let membership = Arc::new(membership);
+        move || keep_connected(membership.clone(), live.clone(), kubelet.clone())
+    });
+    node::wait_for_end().await;
+    tracing::info!("ending: pods run on");
+    Ok(())
+}
+
+/// A server that is not there yet, or not any more, is waited for; one that refuses is not.
+async fn join_patiently(args: &Args, folder: &std::path::Path, name: &str) -> Result<Membership> {
+    let mut delay = FIRST_DELAY;
+    loop {
+        let error = match join::join(folder, &args.server, args.token.as_deref(), name).await {
+            Ok(membership) => return Ok(membership),
+            Err(error) => error,
+        };
+        let unreachable = error.chain().any(|e| e.is::<std::io::Error>() || e.is::<hyper::Error>());
+        if !unreachable {
+            return Err(error);
+        }
+        tracing::warn!("{error:#}; trying again in {} ms", delay.as_millis());
+        tokio::time::sleep(delay).await;
+        delay = (delay * 2).min(MAX_DELAY);
+    }
+}
+
+/// Holds the connection that the server reaches this node through; when it ends, another is made.
+async fn keep_connected(membership: Arc<Membership>, live: Arc<LiveCertificate>, kubelet: KubeletApi) {
+    let mut delay = FIRST_DELAY;
+    loop {
+        match connect(&membership, live.clone(), &kubelet).await {
+            Ok(()) => delay = FIRST_DELAY,
+            Err(error) => {
+                tracing::warn!(
+                    "the server cannot reach this node: {error:#}; trying again in {} ms",
+                    delay.as_millis()
+                );
+            }
+        }
+        tokio::time::sleep(delay).await;
+        delay = (delay * 2).min(MAX_DELAY);
+    }
+}
+
+async fn connect(membership: &Membership, live: Arc<LiveCertificate>, kubelet: &KubeletApi) -> Result<()> {
+    let server = &membership.server;
+    let stream =
+        join::connect(server, Some(&membership.authority_pem), Some(live), Some(b"http/1.1")).await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection.with_upgrades());
+    let (host, port) = join::address_of(server)?;
+    let request = Request::get(sampan_tunnel::PATH)
+        .header(header::HOST, format!("{host}:{port}"))
+        .header(header::CONNECTION, "upgrade")
+        .header(header::UPGRADE, sampan_tunnel::PROTOCOL)
+        .body(Empty::<bytes::Bytes>::new())?;
+    let response = sender.send_request(request).await?;
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        bail!("{server} answered {} to the tunnel", response.status());
+    }
+    let upgraded = hyper::upgrade::on(response).await?;
+    let kubelet = kubelet.clone();
+    sampan_tunnel::serve(TokioIo::new(upgraded), move |stream| kubelet.clone().serve(stream)).await?;
+    Ok(())
+}

@@ -1,0 +1,312 @@
+//! `sampan server`: the control plane, and (unless told not to) a node on the same machine, in one process.
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use sampan_admission::Chain;
+use sampan_apiserver::authn::{self, ClientLookup, ServiceAccountTokens, VirtualResources};
+use sampan_apiserver::authz::{Authorizer, bootstrap_policy};
+use sampan_apiserver::config::{Cidr, OpenId};
+use sampan_apiserver::{ApiServer, Config};
+use sampan_client::{Identity, Informers};
+use sampan_pki::join_token::Credentials;
+use sampan_pki::service_account_key::ServiceAccountKey;
+use sampan_pki::{Authority, JoinToken, LiveCertificate, Pair};
+use sampan_store::Store;
+use sampan_telemetry::supervise;
+use sampan_tunnel::Nodes;
+
+use crate::join::Cluster;
+use crate::node::{self, NodeArgs};
+use crate::tunnel_endpoint::{self, Access, Endpoint};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Secret that nodes join with; made up and kept in <data-dir>/server/token when not given
+    #[arg(short, long, env = "SAMPAN_TOKEN", help_heading = "Cluster")]
+    token: Option<String>,
+    /// Port of the API
+    #[arg(long, default_value_t = 6443, help_heading = "Cluster")]
+    https_listen_port: u16,
+    /// Address that the API listens on
+    #[arg(long, default_value = "0.0.0.0", help_heading = "Cluster")]
+    bind_address: IpAddr,
+    /// Address that nodes and pods reach the API at (default: the node's)
+    #[arg(long, help_heading = "Cluster")]
+    advertise_address: Option<IpAddr>,
+    /// More names or addresses for the API's certificate, may be repeated
+    #[arg(long, help_heading = "Cluster")]
+    tls_san: Vec<String>,
+    /// Addresses of pods
+    #[arg(long, default_value = "10.42.0.0/16", help_heading = "Cluster")]
+    cluster_cidr: String,
+    /// Addresses of services
+    #[arg(long, default_value = "10.43.0.0/16", help_heading = "Cluster")]
+    service_cidr: String,
+    /// Ports for services of type NodePort
+    #[arg(long, default_value = "30000-32767", help_heading = "Cluster")]
+    service_node_port_range: String,
+    /// Address of the cluster's DNS (default: the tenth service address)
+    #[arg(long, help_heading = "Cluster")]
+    cluster_dns: Option<IpAddr>,
+    #[arg(long, default_value = "cluster.local", help_heading = "Cluster")]
+    cluster_domain: String,
+    /// Where the administrator's kubeconfig is written
+    #[arg(short = 'o', long, default_value = "/etc/sampan/sampan.yaml", help_heading = "Cluster")]
+    write_kubeconfig: PathBuf,
+    /// Mode of that file, octal
+    #[arg(long, default_value = "600", help_heading = "Cluster")]
+    write_kubeconfig_mode: String,
+    /// Run no node on this machine
+    #[arg(long, help_heading = "Cluster")]
+    disable_agent: bool,
+    #[command(flatten)]
+    node: NodeArgs,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    sampan_telemetry::init(&args.node.log_filter());
+    crate::runtime()?.block_on(serve(args))
+}
+
+async fn serve(args: Args) -> Result<()> {
+    let started = sampan_world::clock::monotonic();
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let folder = args.node.data_dir.join("server");
+    let tls = folder.join("tls");
+    make_private(&tls)?;
+    make_private(&folder.join("db"))?;
+    let addresses = Addresses::of(&args)?;
+    let authority = Arc::new(Authority::load_or_create(&tls).context("the cluster's certificate authority")?);
+    let token = cluster_token(&folder, args.token.as_deref(), &authority)?;
+    let options = sampan_store::Options::new(folder.join("db/state.db"))
+        .deferred(sampan_apiserver::storage::DEFERRED_PREFIXES);
+    let store = Store::open(options).context("opening the store")?;
+
+    let key = ServiceAccountKey::load_or_create(&tls.join("service-account.key"))?;
+    let nodes = Arc::new(Nodes::default());
+    let endpoint = Arc::new(Endpoint {
+        authority: authority.clone(),
+        nodes: nodes.clone(),
+        cluster: addresses.cluster.clone(),
+        access: std::sync::OnceLock::new(),
+    });
+    let mut config = Config::new(store.clone());
+    config.dialer = Some(nodes.clone());
+    config.service_cidrs = vec![addresses.service_cidr];
+    config.node_ports = addresses.node_ports.clone();
+    config.advertise = Some(addresses.advertise);
+    config.ca_certificates = authority.certificate_pem().to_string();
+    config.extra = Some(endpoint.router());
+    config.extra_prefixes = vec![tunnel_endpoint::PREFIX.to_string()];
+    config.openid =
+        Some(OpenId { configuration: authn::service_account::openid_configuration(), jwks: key.jwks() });
+    let api = ApiServer::new(config).await.context("starting the API server")?;
+
+    let client = api.client(Identity::loopback(), "sampan-apiserver");
+    let informers = Informers::new(client.clone());
+    let lookup: Arc<ClientLookup> = Arc::new(ClientLookup(client.clone()));
+    let service_accounts = Arc::new(ServiceAccountTokens::new(key, lookup.clone()));
+    let authenticator = Arc::new(authn::Authenticator::new(authn::Options {
+        service_accounts: service_accounts.clone(),
+        client_verifier: sampan_pki::tls::client_verifier(authority.certificate())?,
+        lookup,
+        static_tokens: vec![(token, Identity::new("system:sampan:join", &[tunnel_endpoint::JOINERS]))],
+        anonymous: true,
+    }));
+    api.bootstrap().await.map_err(|status| anyhow::anyhow!("preparing the cluster: {}", status.0.message))?;
+    bootstrap_policy::ensure(&client).await.context("writing the default roles")?;
+    let authorizer = Authorizer::new(&informers);
+    authorizer.ready().await;
+    api.install_admission(Arc::new(Chain::new(&sampan_admission::Context::new(informers.clone()))));
+    api.install_reviews(Arc::new(VirtualResources {
+        authenticator: authenticator.clone(),
+        authorizer: authorizer.clone(),
+        service_accounts,
+    }));
+    api.install_authorization(Arc::new(authorizer));
+    api.install_authentication(authenticator.clone());
+    let _ = endpoint.access.set(Access { authenticator, client: client.clone() });
+
+    let certificate = serving_certificate(&tls, &authority, &args, &addresses)?;
+    let live = LiveCertificate::new(&certificate)?;
+    let config = Arc::new(sampan_pki::tls::server_config(live)?);
+    let listen = SocketAddr::new(args.bind_address, args.https_listen_port);
+    let listener =
+        tokio::net::TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
+    let serving = api.clone();
+    let server = tokio::spawn(async move { serving.serve(listener, config).await });
+    write_kubeconfig(&args, &authority)?;
+    tracing::info!(address = %listen, ms = started.elapsed().as_millis() as u64, "the API is served");
+
+    start_control_plane(&api, &args, &authority);
+    crate::manifests::start(client, folder.join("manifests"));
+    if !args.disable_agent {
+        let identity = Identity::new(&format!("system:node:{}", args.node.name()?), &["system:nodes"]);
+        let client = api.client(identity, "kubelet");
+        node::start_local(&args.node, &addresses.cluster, client, &nodes).await?;
+    }
+    node::wait_for_end().await;
+    tracing::info!("ending: pods run on");
+    api.shut_down();
+    let _ = server.await;
+    store.close().await.context("closing the store")
+}
+
+fn start_control_plane(api: &ApiServer, args: &Args, authority: &Authority) {
+    //CONTROLLERS
+    let client = api.client(Identity::new("system:kube-scheduler", &[]), "kube-scheduler");
+    supervise("scheduler", move || {
+        let client = client.clone();
+        async move { sampan_scheduler::Scheduler::new(client.clone(), Informers::new(client), None).run().await }
+    });
+}
+
+/// The addresses that follow from the flags.
+struct Addresses {
+    advertise: SocketAddr,
+    service_cidr: Cidr,
+    node_ports: std::ops::RangeInclusive<u16>,
+    cluster: Cluster,
+}
+
+impl Addresses {
+    fn of(args: &Args) -> Result<Self> {
+        let Some(service_cidr) = Cidr::parse(&args.service_cidr) else {
+            bail!("--service-cidr {}: expected an address range such as 10.43.0.0/16", args.service_cidr)
+        };
+        if Cidr::parse(&args.cluster_cidr).is_none() {
+            bail!("--cluster-cidr {}: expected an address range such as 10.42.0.0/16", args.cluster_cidr);
+        }
+        let ip = match args.advertise_address {
+            Some(ip) => ip,
+            None => args.node.ip()?,
+        };
+        let node_ports = parse_ports(&args.service_node_port_range).with_context(|| {
+            format!("--service-node-port-range {}: expected FIRST-LAST", args.service_node_port_range)
+        })?;
+        let cluster_dns = args.cluster_dns.unwrap_or_else(|| service_cidr.nth(10));
+        let cluster = Cluster {
+            cluster_cidr: args.cluster_cidr.clone(),
+            service_cidr: args.service_cidr.clone(),
+            cluster_dns: cluster_dns.to_string(),
+            cluster_domain: args.cluster_domain.clone(),
+        };
+        Ok(Self { advertise: SocketAddr::new(ip, args.https_listen_port), service_cidr, node_ports, cluster })
+    }
+}
+
+fn parse_ports(text: &str) -> Option<std::ops::RangeInclusive<u16>> {
+    let (first, last) = text.split_once('-')?;
+    let (first, last): (u16, u16) = (first.parse().ok()?, last.parse().ok()?);
+    (first > 0 && first <= last).then_some(first..=last)
+}
+
+fn make_private(path: &Path) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.with_context(|| format!("making {} (--data-dir names another place)", path.display()))
+}
+
+/// The secret that nodes join with; also written as a secure token for copying, to `node-token`.
+fn cluster_token(folder: &Path, given: Option<&str>, authority: &Authority) -> Result<String> {
+    let path = folder.join("token");
+    let kept = std::fs::read_to_string(&path).ok().map(|t| t.trim().to_string()).filter(|t| !t.is_empty());
+    let secret = match (given, kept) {
+        (Some(given), kept) => {
+            let given = JoinToken::parse(given).context("--token")?.bearer();
+            if kept.is_some_and(|kept| kept != given) {
+                bail!(
+                    "--token differs from the one this server was started with before, in {}",
+                    path.display()
+                );
+            }
+            given
+        }
+        (None, Some(kept)) => kept,
+        (None, None) => {
+            let mut bytes = [0; 16];
+            sampan_world::random::fill(&mut bytes);
+            bytes.iter().map(|b| format!("{b:02x}")).collect()
+        }
+    };
+    let credentials = Credentials::Secret { user: "server".to_string(), secret: secret.clone() };
+    let secure = JoinToken::secure(&authority.hash(), credentials).to_string();
+    for (name, text) in [("token", &secret), ("node-token", &secure)] {
+        let path = folder.join(name);
+        if std::fs::read_to_string(&path).ok().as_deref() != Some(&format!("{text}\n")) {
+            sampan_world::files::write_atomic(&path, format!("{text}\n").as_bytes(), 0o600)
+                .with_context(|| format!("writing {}", path.display()))?;
+        }
+    }
+    Ok(secret)
+}
+
+fn serving_certificate(
+    tls: &Path,
+    authority: &Authority,
+    args: &Args,
+    addresses: &Addresses,
+) -> Result<Pair> {
+    let mut names: Vec<String> =
+        ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost", "127.0.0.1"]
+            .map(String::from)
+            .to_vec();
+    names.push(format!("kubernetes.default.svc.{}", args.cluster_domain));
+    names.push(addresses.service_cidr.nth(1).to_string());
+    names.push(addresses.advertise.ip().to_string());
+    names.push(args.node.name()?);
+    names.extend(args.node.ip().ok().map(|ip| ip.to_string()));
+    names.extend(args.tls_san.iter().cloned());
+    names.sort();
+    names.dedup();
+    let stem = tls.join("serving-apiserver");
+    let names_path = tls.join("serving-apiserver.names");
+    let same_names = std::fs::read_to_string(&names_path).is_ok_and(|text| text.lines().eq(names.iter()));
+    if let Some(pair) =
+        Pair::load(&stem).filter(|p| same_names && !p.needs_renewal(sampan_world::clock::now()))
+    {
+        return Ok(pair);
+    }
+    let pair = authority.server("sampan", &names).context("the API's certificate")?;
+    pair.save(&stem)?;
+    sampan_world::files::write_atomic(&names_path, names.join("\n").as_bytes(), 0o600)?;
+    Ok(pair)
+}
+
+fn write_kubeconfig(args: &Args, authority: &Authority) -> Result<()> {
+    let path = &args.write_kubeconfig;
+    let mode = u32::from_str_radix(&args.write_kubeconfig_mode, 8).with_context(|| {
+        format!("--write-kubeconfig-mode {}: expected octal, as in 644", args.write_kubeconfig_mode)
+    })?;
+    let stem = args.node.data_dir.join("server/tls/client-admin");
+    let admin = match Pair::load(&stem).filter(|p| !p.needs_renewal(sampan_world::clock::now())) {
+        Some(pair) => pair,
+        None => {
+            let pair = authority.client("system:admin", &[Identity::MASTERS])?;
+            pair.save(&stem)?;
+            pair
+        }
+    };
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    }
+    let server = format!("https://127.0.0.1:{}", args.https_listen_port);
+    let text = sampan_pki::kubeconfig::kubeconfig("default", &server, authority.certificate_pem(), &admin);
+    sampan_world::files::write_atomic(path, text.as_bytes(), mode)
+        .with_context(|| format!("writing {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_ports;
+
+    #[test]
+    fn node_port_ranges() {
+        assert_eq!(parse_ports("30000-32767"), Some(30000..=32767));
+        for bad in ["", "1", "5-4", "0-9", "a-b", "1-70000"] {
+            assert_eq!(parse_ports(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! What the server answers besides the API: `POST /v1-sampan/join` and the agents' `GET /v1-sampan/connect`.
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use k8s_openapi::ByteString;
+use k8s_openapi::api::core::v1::Secret;
+use kube::Api;
+use kube::api::PostParams;
+use sampan_apiserver::authn::Authenticator;
+use sampan_apiserver::{Body, Status, body};
+use sampan_pki::Authority;
+use sampan_tunnel::Nodes;
+use tower::service_fn;
+use tower::util::BoxCloneSyncService;
+
+use crate::join::{Cluster, JoinAnswer, JoinRequest};
+
+/// Members of this group may join nodes: upstream's group of bootstrap tokens.
+pub const JOINERS: &str = "system:bootstrappers";
+pub const PREFIX: &str = "/v1-sampan/";
+
+pub struct Endpoint {
+    pub authority: Arc<Authority>,
+    pub nodes: Arc<Nodes>,
+    pub cluster: Cluster,
+    /// Known once the API server is; before that everything here is unavailable.
+    pub access: std::sync::OnceLock<Access>,
+}
+
+pub struct Access {
+    pub authenticator: Arc<Authenticator>,
+    pub client: kube::Client,
+}
+
+impl Endpoint {
+    pub fn router(self: &Arc<Self>) -> sampan_apiserver::config::ExtraRouter {
+        let endpoint = self.clone();
+        BoxCloneSyncService::new(service_fn(move |request: Request<Body>| {
+            let endpoint = endpoint.clone();
+            async move { Ok::<_, Infallible>(endpoint.answer(request).await.unwrap_or_else(refusal)) }
+        }))
+    }
+
+    async fn answer(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        let Some(access) = self.access.get() else {
+            return Err(Status::unavailable("the server is starting"));
+        };
+        let (parts, request_body) = request.into_parts();
+        let identity = access.authenticator.authenticate(&parts).await?.ok_or_else(Status::unauthorized)?;
+        let node = identity.username.strip_prefix("system:node:").map(str::to_string);
+        match (parts.method.clone(), parts.uri.path()) {
+            (Method::POST, crate::join::PATH) => {
+                let bytes = body::read(request_body).await?;
+                let asked: JoinRequest =
+                    serde_json::from_slice(&bytes).map_err(|e| Status::bad_request(e.to_string()))?;
+                let same_node = node.as_deref() == Some(asked.node_name.as_str());
+                if !same_node && !identity.is_in(JOINERS) {
+                    return Err(Status::unauthorized());
+                }
+                let answer = self.join(access, &asked).await?;
+                let text = serde_json::to_vec(&answer).map_err(|e| Status::internal(e.to_string()))?;
+                Ok(Response::new(body::full(text)))
+            }
+            (Method::GET, sampan_tunnel::PATH) => {
+                let Some(node) = node else { return Err(Status::unauthorized()) };
+                Ok(self.connect(node, Request::from_parts(parts, request_body)))
+            }
+            (_, path) => Err(Status::bad_request(format!("there is no {path} here"))),
+        }
+    }
+
+    async fn join(&self, access: &Access, asked: &JoinRequest) -> Result<JoinAnswer, Status> {
+        let label = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
+        if asked.node_name.is_empty() || asked.node_name.len() > 253 || !asked.node_name.chars().all(label) {
+            return Err(Status::bad_request(format!(
+                "nodeName {:?}: a lowercase RFC 1123 subdomain is expected; set --node-name",
+                asked.node_name
+            )));
+        }
+        check_password(&access.client, asked).await?;
+        let user = format!("system:node:{}", asked.node_name);
+        let certificate = self
+            .authority
+            .sign_client(&asked.certificate_request, &user, &["system:nodes"])
+            .map_err(|e| Status::bad_request(format!("certificateRequest: {e}")))?;
+        tracing::info!(node = asked.node_name, "node joins");
+        Ok(JoinAnswer { certificate, cluster: self.cluster.clone() })
+    }
+
+    fn connect(&self, node: String, request: Request<Body>) -> Response<Body> {
+        let nodes = self.nodes.clone();
+        tokio::spawn(async move {
+            match hyper::upgrade::on(request).await {
+                Ok(upgraded) => nodes.hold(&node, TokioIo::new(upgraded)).await,
+                Err(error) => tracing::debug!(node, %error, "the node's connection was not upgraded"),
+            }
+        });
+        let mut response = Response::new(body::empty());
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static(sampan_tunnel::PROTOCOL));
+        response
+    }
+}
+
+/// The first to use a node's name sets its password; all others must know it.
+async fn check_password(client: &kube::Client, asked: &JoinRequest) -> Result<(), Status> {
+    let secrets = Api::<Secret>::namespaced(client.clone(), "kube-system");
+    let name = format!("{}.node-password.sampan", asked.node_name);
+    let hash = sampan_pki::sha256_hex(asked.node_password.as_bytes());
+    let mut secret = Secret::default();
+    secret.metadata.name = Some(name.clone());
+    secret.immutable = Some(true);
+    secret.data = Some([("hash".to_string(), ByteString(hash.clone().into_bytes()))].into());
+    let internal = |e: kube::Error| Status::internal(format!("node password of {}: {e}", asked.node_name));
+    match secrets.create(&PostParams::default(), &secret).await {
+        Ok(_) => return Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 409 => {}
+        Err(error) => return Err(internal(error)),
+    }
+    let stored = secrets.get(&name).await.map_err(internal)?.data.unwrap_or_default().remove("hash");
+    match stored {
+        Some(stored) if sampan_pki::same_secret(&String::from_utf8_lossy(&stored.0), &hash) => Ok(()),
+        _ => Err(Status::new(
+            403,
+            "Forbidden",
+            format!(
+                "node {0} has joined before from another machine (its node-password differs); \
+                 take another --node-name, or delete the Secret kube-system/{name}",
+                asked.node_name
+            ),
+        )),
+    }
+}
+
+fn refusal(status: Status) -> Response<Body> {
+    let code = status.0.code;
+    let text = serde_json::to_vec(&status.body()).unwrap_or_default();
+    let mut response = Response::new(body::full(text));
+    *response.status_mut() = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}

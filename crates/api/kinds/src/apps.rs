@@ -1,0 +1,2 @@
+//! The group apps.
+pub mod v1;

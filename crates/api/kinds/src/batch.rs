@@ -1,0 +1,2 @@
+//! The group batch.
+pub mod v1;

@@ -1,0 +1,2 @@
+//! The group coordination.k8s.io.
+pub mod v1;

@@ -1,0 +1,2 @@
+//! The core group, whose name in the API is "".
+pub mod v1;

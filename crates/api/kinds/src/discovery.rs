@@ -1,0 +1,2 @@
+//! The group discovery.k8s.io.
+pub mod v1;

@@ -1,0 +1,2 @@
+//! The group events.k8s.io.
+pub mod v1;

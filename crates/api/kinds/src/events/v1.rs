@@ -1,0 +1,2 @@
+//! events.k8s.io/v1.
+pub mod event;

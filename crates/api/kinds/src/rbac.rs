@@ -1,0 +1,2 @@
+//! The group rbac.authorization.k8s.io.
+pub mod v1;

@@ -1,0 +1,254 @@
+//! The way of every request, from the network or from memory.
+//!
+//! Upstream counterpart: k8s.io/apiserver/pkg/server/config.go (DefaultBuildHandlerChain) and the filters it names.
+use std::future::poll_fn;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header, request::Parts};
+use parking_lot::Mutex;
+use sampan_client::Identity;
+use sampan_world::{clock, random};
+use tokio::sync::OwnedSemaphorePermit;
+use tower::Service;
+
+use crate::access::{Attributes, Decision};
+use crate::body::{self, Body};
+use crate::call::Call;
+use crate::config::ExtraRouter;
+use crate::negotiate::Output;
+use crate::query::Query;
+use crate::request_info::RequestInfo;
+use crate::status::{Result, Status};
+use crate::{Server, nonresource, reply, rest};
+
+const AUDIT_ID: HeaderName = HeaderName::from_static("audit-id");
+/// Warnings beyond this much text are left out, as upstream does.
+const WARNINGS_BYTES_MAX: usize = 4 * 1024;
+
+/// Answers one request.
+pub fn handle(server: Arc<Server>, request: Request<Body>) -> BoxFuture<'static, Response<Body>> {
+    match extra_route(&server, request.uri().path()) {
+        Some(extra) => pass_on(extra, request),
+        None => Box::pin(answer(server, request)),
+    }
+}
+
+fn pass_on(mut extra: ExtraRouter, request: Request<Body>) -> BoxFuture<'static, Response<Body>> {
+    Box::pin(async move {
+        let answered = match poll_fn(|cx| extra.poll_ready(cx)).await {
+            Ok(()) => extra.call(request).await,
+            Err(never) => Err(never),
+        };
+        answered.unwrap_or_else(|never| match never {})
+    })
+}
+
+async fn answer(server: Arc<Server>, request: Request<Body>) -> Response<Body> {
+    let began = clock::monotonic();
+    let (parts, body) = request.into_parts();
+    let query = Query::parse(parts.uri.query());
+    let info = RequestInfo::parse(&parts.method, parts.uri.path(), &query);
+    let audit_id = audit_id(&parts.headers);
+    let output = Output::parse(&parts.headers, &query);
+    let accepted = parts.headers.clone();
+    let verb = info.verb.clone();
+    let resource = info.resource.clone();
+    let request = Incoming { info, query, parts, output: output.clone(), body };
+    let result = process(server.clone(), request).await;
+    let mut response = match result {
+        Ok(response) => response,
+        Err(status) => reply::failure(&status, output.unwrap_or(Output::JSON)),
+    };
+    response.headers_mut().insert(AUDIT_ID, audit_id);
+    server.metrics.count(&verb, &resource, response.status().as_u16(), began.elapsed());
+    body::compress(&accepted, response).await
+}
+
+/// A request after its head was read.
+struct Incoming {
+    info: RequestInfo,
+    query: Query,
+    parts: Parts,
+    output: Result<Output>,
+    body: Body,
+}
+
+async fn process(server: Arc<Server>, request: Incoming) -> Result<Response<Body>> {
+    let Incoming { info, query, mut parts, output, body } = request;
+    // Paths outside resources negotiate for themselves, and proxies pass everything on.
+    let passes = !info.is_resource || matches!(info.subresource.as_str(), "proxy" | "log");
+    let _permit = admit_in_flight(&server, &info)?;
+    let identity = identify(&server, &mut parts, &info).await?;
+    authorize(&server, &identity, &info).await?;
+    let output = if passes { output.unwrap_or(Output::JSON) } else { output? };
+    route(server.clone(), identity, info, query, parts, output, body).await
+}
+
+fn extra_route(server: &Server, path: &str) -> Option<ExtraRouter> {
+    let extra = server.config.extra.as_ref()?;
+    server.config.extra_prefixes.iter().any(|prefix| path.starts_with(prefix.as_str())).then(|| extra.clone())
+}
+
+fn audit_id(headers: &HeaderMap) -> HeaderValue {
+    let given = headers.get(&AUDIT_ID).filter(|id| !id.is_empty() && id.len() <= 64).cloned();
+    given
+        .or_else(|| HeaderValue::from_str(&random::uuid()).ok())
+        .unwrap_or_else(|| HeaderValue::from_static("-"))
+}
+
+/// Takes a place among the requests in flight; those that last long and superusers in memory take none.
+fn admit_in_flight(server: &Server, info: &RequestInfo) -> Result<Option<OwnedSemaphorePermit>> {
+    if info.is_long_running() || !info.is_resource {
+        return Ok(None);
+    }
+    let places = if info.is_mutating() { &server.writes } else { &server.reads };
+    places
+        .clone()
+        .try_acquire_owned()
+        .map(Some)
+        .map_err(|_| Status::too_many_requests("Too many requests, please try again later.", 1))
+}
+
+/// The caller: whom the request carries when it comes from memory, else whom authentication finds.
+async fn identify(server: &Server, parts: &mut Parts, info: &RequestInfo) -> Result<Identity> {
+    let identity = match parts.extensions.get::<Identity>() {
+        Some(identity) => identity.clone(),
+        None => match server.authenticator.get() {
+            Some(authenticator) => authenticator.authenticate(parts).await?,
+            None if is_health(&info.path) => Identity::default(),
+            None => return Err(Status::unavailable("the server is starting")),
+        },
+    };
+    parts.headers.remove(header::AUTHORIZATION);
+    impersonate(server, identity, &parts.headers).await
+}
+
+fn is_health(path: &str) -> bool {
+    ["/healthz", "/livez", "/readyz"].iter().any(|prefix| path.starts_with(prefix))
+}
+
+/// `kubectl --as`: another identity, if the caller may use it.
+async fn impersonate(server: &Server, identity: Identity, headers: &HeaderMap) -> Result<Identity> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_string);
+    let groups: Vec<String> = headers
+        .get_all("impersonate-group")
+        .iter()
+        .filter_map(|value| value.to_str().ok().map(str::to_string))
+        .collect();
+    let Some(user) = text("impersonate-user") else {
+        if !groups.is_empty() || text("impersonate-uid").is_some() {
+            return Err(Status::new(500, "InternalError", "requested groups without impersonating a user"));
+        }
+        return Ok(identity);
+    };
+    let mut target = Identity { username: user.clone(), ..Identity::default() };
+    target.uid = text("impersonate-uid").unwrap_or_default();
+    let (namespace, name, resource) = match user.strip_prefix("system:serviceaccount:") {
+        Some(account) => {
+            let (namespace, name) = account.split_once(':').unwrap_or(("", account));
+            (namespace.to_string(), name.to_string(), "serviceaccounts")
+        }
+        None => (String::new(), user.clone(), "users"),
+    };
+    check_impersonation(server, &identity, resource, &namespace, &name).await?;
+    for group in &groups {
+        check_impersonation(server, &identity, "groups", "", group).await?;
+    }
+    target.groups = groups;
+    if resource == "serviceaccounts" && target.groups.is_empty() {
+        target.groups = vec!["system:serviceaccounts".into(), format!("system:serviceaccounts:{namespace}")];
+    }
+    let group = if user == "system:anonymous" { "system:unauthenticated" } else { Identity::AUTHENTICATED };
+    if !target.is_in(group) {
+        target.groups.push(group.into());
+    }
+    for (name, value) in headers {
+        let Some(key) = name.as_str().strip_prefix("impersonate-extra-") else { continue };
+        let key = crate::query::percent_decode(key, false).to_ascii_lowercase();
+        check_impersonation(server, &identity, "userextras", "", value.to_str().unwrap_or("")).await?;
+        target.extra.entry(key).or_default().push(value.to_str().unwrap_or("").to_string());
+    }
+    Ok(target)
+}
+
+async fn check_impersonation(
+    server: &Server,
+    identity: &Identity,
+    resource: &str,
+    namespace: &str,
+    name: &str,
+) -> Result<()> {
+    let group = if resource == "userextras" { "authentication.k8s.io" } else { "" };
+    let info = RequestInfo {
+        is_resource: true,
+        verb: "impersonate".into(),
+        group: group.into(),
+        version: "v1".into(),
+        resource: resource.into(),
+        namespace: namespace.into(),
+        name: name.into(),
+        ..RequestInfo::default()
+    };
+    authorize(server, identity, &info).await
+}
+
+async fn authorize(server: &Server, identity: &Identity, info: &RequestInfo) -> Result<()> {
+    if identity.is_in(Identity::MASTERS) {
+        return Ok(());
+    }
+    let attributes = Attributes::of(identity, info);
+    let decision = match server.authorizer.get() {
+        Some(authorizer) => authorizer.authorize(&attributes).await,
+        None if is_health(&info.path) => Decision::Allow,
+        None => Decision::Deny("the server is starting".into()),
+    };
+    match decision {
+        Decision::Allow => Ok(()),
+        Decision::Deny(reason) => Err(attributes.forbidden(&reason)),
+    }
+}
+
+async fn route(
+    server: Arc<Server>,
+    identity: Identity,
+    info: RequestInfo,
+    query: Query,
+    parts: Parts,
+    output: Output,
+    body: Body,
+) -> Result<Response<Body>> {
+    if !info.is_resource {
+        return nonresource::serve(&server, &info, &query, &parts, output).await;
+    }
+    let Some(resource) = server.registry.find(&info.group, &info.version, &info.resource) else {
+        return Err(Status::no_such_path());
+    };
+    if info.verb.is_empty() {
+        return Err(Status::method_unknown());
+    }
+    if !resource.namespaced && !info.namespace.is_empty() && info.resource != "namespaces" {
+        return Err(Status::no_such_path());
+    }
+    let warnings = Arc::new(Mutex::new(Vec::new()));
+    let call = Call { server, info, resource, identity, query, parts, output, warnings: warnings.clone() };
+    let result = rest::serve(call, body).await;
+    let mut response = result.unwrap_or_else(|status| reply::failure(&status, output));
+    add_warnings(response.headers_mut(), &warnings.lock());
+    Ok(response)
+}
+
+fn add_warnings(headers: &mut HeaderMap, warnings: &[String]) {
+    let mut left = WARNINGS_BYTES_MAX;
+    for warning in warnings {
+        let quoted: String = warning.chars().filter(|c| !c.is_control()).collect();
+        let quoted = quoted.replace('\\', "\\\\").replace('"', "\\\"");
+        if quoted.len() > left {
+            break;
+        }
+        left -= quoted.len();
+        if let Ok(value) = HeaderValue::from_str(&format!("299 - \"{quoted}\"")) {
+            headers.append(header::WARNING, value);
+        }
+    }
+}

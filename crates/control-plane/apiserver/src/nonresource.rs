@@ -1,0 +1,91 @@
+//! Paths outside the API's resources: health, version, metrics, discovery and OpenAPI.
+//!
+//! Upstream counterparts: k8s.io/apiserver/pkg/server/{healthz,routes}.
+use std::fmt::Write;
+
+use http::request::Parts;
+use http::{HeaderValue, Method, Response, header};
+use serde_json::json;
+
+use crate::body::{self, Body};
+use crate::negotiate::Output;
+use crate::query::Query;
+use crate::request_info::RequestInfo;
+use crate::status::{Result, Status};
+use crate::{Server, discovery, metrics, openapi, reply};
+
+pub async fn serve(
+    server: &Server,
+    info: &RequestInfo,
+    query: &Query,
+    parts: &Parts,
+    output: Output,
+) -> Result<Response<Body>> {
+    let segments = info.segments();
+    if !matches!(parts.method, Method::GET | Method::HEAD) {
+        return Err(if segments.is_empty() { Status::no_such_path() } else { Status::method_unknown() });
+    }
+    match segments.as_slice() {
+        [] => Ok(reply::json_value(200, &json!({"paths": discovery::paths(server)}))),
+        ["healthz" | "livez" | "readyz", rest @ ..] if rest.len() <= 1 => health(server, query, &segments),
+        ["version"] => Ok(reply::json_value(200, &server.config.version.value())),
+        ["metrics"] => {
+            let mut response = reply::text(200, metrics::page(server));
+            let version = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+            response.headers_mut().insert(header::CONTENT_TYPE, version);
+            Ok(response)
+        }
+        ["cacerts"] => Ok(reply::text(200, server.config.ca_certificates.clone())),
+        [".well-known", "openid-configuration"] => match &server.config.openid {
+            Some(openid) => Ok(reply::json_value(200, &openid.configuration)),
+            None => Err(Status::no_such_path()),
+        },
+        ["openid", "v1", "jwks"] => match &server.config.openid {
+            Some(openid) => {
+                let body = body::full(openid.jwks.to_string());
+                Ok(reply::bytes(200, "application/jwk-set+json", body))
+            }
+            None => Err(Status::no_such_path()),
+        },
+        ["openapi", rest @ ..] => openapi::serve(server, rest, parts),
+        ["api" | "apis", ..] => discovery::serve(server, &segments, parts, output),
+        _ => Err(Status::no_such_path()),
+    }
+}
+
+/// `/healthz`, `/livez`, `/readyz` and one check of them; `?verbose` lists the checks, `?exclude=` leaves some out.
+fn health(server: &Server, query: &Query, segments: &[&str]) -> Result<Response<Body>> {
+    let endpoint = segments.first().copied().unwrap_or("healthz");
+    let ready = endpoint == "readyz";
+    let mut checks: Vec<(&str, bool)> = vec![("ping", true), ("store", !is_closed(server))];
+    checks.push(("poststarthook/bootstrap", !ready || server.bootstrapped.get().is_some()));
+    if ready {
+        checks.push(("shutdown", !server.shutdown.is_cancelled()));
+    }
+    if let Some(wanted) = segments.get(1) {
+        checks.retain(|(name, _)| name == wanted);
+        if checks.is_empty() {
+            return Err(Status::no_such_path());
+        }
+    }
+    let excluded: Vec<&str> = query.all("exclude").collect();
+    checks.retain(|(name, _)| !excluded.contains(name));
+    let healthy = checks.iter().all(|(_, fine)| *fine);
+    if healthy && !query.has("verbose") {
+        return Ok(reply::text(200, "ok"));
+    }
+    let mut page = String::new();
+    for (name, fine) in &checks {
+        let _ = match fine {
+            true => writeln!(page, "[+]{name} ok"),
+            false => writeln!(page, "[-]{name} failed: reason withheld"),
+        };
+    }
+    let _ = writeln!(page, "{endpoint} check {}", if healthy { "passed" } else { "failed" });
+    Ok(reply::text(if healthy { 200 } else { 500 }, page))
+}
+
+fn is_closed(server: &Server) -> bool {
+    // The store's own watch ends with it; a revision is always there while it lives.
+    server.config.store.revision() < server.caches.progress()
+}

@@ -1,0 +1,72 @@
+//! What controllers are handed: the process's [`Context`], and each controller's [`Scope`] of it.
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use k8s_openapi::api::core::v1::PodSpec;
+use kube::Client;
+use sampan_client::Informers;
+
+use crate::events::EventRecorder;
+
+/// Makes the client of the service account `kube-system/<name>`.
+pub type Clients = Arc<dyn Fn(&'static str) -> Client + Send + Sync>;
+
+/// The platforms (`os/arch` or `os/arch/variant`) that all images of a pod of that namespace have; `None` when that
+/// is not known, which allows every node.
+pub type ImagePlatforms = Arc<dyn Fn(String, PodSpec) -> BoxFuture<'static, Option<BTreeSet<String>>> + Send + Sync>;
+
+/// What kube-controller-manager has as flags; defaults are upstream's.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The range of pod addresses that nodes get their podCIDR from; `None` leaves nodes without one.
+    pub cluster_cidr: Option<String>,
+    /// The range of service addresses: never given to a node.
+    pub service_cidr: Option<String>,
+    /// Prefix length of a node's podCIDR, IPv4 and IPv6.
+    pub node_cidr_mask_v4: u8,
+    pub node_cidr_mask_v6: u8,
+    /// How long a node may be silent before its Ready condition becomes Unknown.
+    pub node_monitor_grace_period: Duration,
+    /// The same for a node that never reported.
+    pub node_startup_grace_period: Duration,
+    /// The cluster's CA certificates (PEM), published to every namespace.
+    pub root_ca_pem: String,
+    /// How many finished pods may stay before the oldest are deleted; 0 keeps all.
+    pub terminated_pod_threshold: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            cluster_cidr: None,
+            service_cidr: None,
+            node_cidr_mask_v4: 24,
+            node_cidr_mask_v6: 64,
+            node_monitor_grace_period: Duration::from_secs(40),
+            node_startup_grace_period: Duration::from_secs(60),
+            root_ca_pem: String::new(),
+            terminated_pod_threshold: 12_500,
+        }
+    }
+}
+
+/// What [`crate::start`] needs.
+#[derive(Clone)]
+pub struct Context {
+    pub clients: Clients,
+    pub informers: Informers,
+    pub options: Options,
+    pub image_platforms: Option<ImagePlatforms>,
+}
+
+/// A controller's view of the context: its own client and event source.
+#[derive(Clone)]
+pub struct Scope {
+    pub client: Client,
+    pub informers: Informers,
+    pub events: EventRecorder,
+    pub options: Arc<Options>,
+    pub image_platforms: Option<ImagePlatforms>,
+}

@@ -1,0 +1,348 @@
+//! The ConfigMaps, Secrets and tokens that the node's pods use, and no others.
+//!
+//! Upstream counterpart: pkg/kubelet/util/manager/watch_based_manager.go and pkg/kubelet/token. A node may only watch
+//! single objects that its pods name, so each gets a watch of its own (`metadata.name=x`), kept while a pod of this node
+//! uses it. Until a watch has its first list, a read asks the server. Bounded by what the node's pods name.
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, ServiceAccount};
+use kube::api::PostParams;
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client, ResourceExt};
+use parking_lot::Mutex;
+use sampan_world::clock;
+use tokio::task::AbortHandle;
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum FetchError {
+    #[error("{kind} {name:?} not found")]
+    NotFound { kind: &'static str, name: String },
+    #[error("failed to fetch {kind} {key}: {message}")]
+    Failed { kind: &'static str, key: String, message: String },
+}
+
+/// A service account's token and how long until a fresh one should take its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Token {
+    pub token: String,
+    pub refresh_after: Duration,
+}
+
+/// Where volumes and environment variables get objects from.
+#[async_trait]
+pub trait PodObjects: Send + Sync {
+    async fn config_map(&self, namespace: &str, name: &str) -> Result<Arc<ConfigMap>, FetchError>;
+    async fn secret(&self, namespace: &str, name: &str) -> Result<Arc<Secret>, FetchError>;
+    /// A token of the pod's service account, bound to the pod.
+    async fn token(&self, pod: &Pod, audience: Option<&str>, expiration_seconds: i64) -> Result<Token, FetchError>;
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Reference {
+    is_secret: bool,
+    namespace: String,
+    name: String,
+}
+
+#[derive(Clone)]
+enum Held {
+    ConfigMap(Arc<ConfigMap>),
+    Secret(Arc<Secret>),
+}
+
+struct Watched {
+    /// `None` until the first list; then what there is.
+    seen: Option<Option<Held>>,
+    users: BTreeSet<String>,
+    task: Option<AbortHandle>,
+}
+
+type OnChange = Arc<dyn Fn(&str) + Send + Sync>;
+
+struct CachedToken {
+    token: String,
+    refresh_at: jiff::Timestamp,
+}
+
+/// Watches on single objects, shared by the pods that name them.
+#[derive(Clone)]
+pub struct ObjectWatches(Arc<Inner>);
+
+struct Inner {
+    client: Client,
+    watched: Mutex<HashMap<Reference, Watched>>,
+    tokens: Mutex<HashMap<(String, String, i64), CachedToken>>,
+    on_change: Mutex<Option<OnChange>>,
+}
+
+impl ObjectWatches {
+    pub fn new(client: Client) -> Self {
+        Self(Arc::new(Inner {
+            client,
+            watched: Mutex::default(),
+            tokens: Mutex::default(),
+            on_change: Mutex::default(),
+        }))
+    }
+
+    /// Calls `handler` with the UID of each pod that uses an object that changed.
+    pub fn on_change(&self, handler: impl Fn(&str) + Send + Sync + 'static) {
+        *self.0.on_change.lock() = Some(Arc::new(handler));
+    }
+
+    /// Follows what `pod` names from now on.
+    pub fn register(&self, pod: &Pod) {
+        let uid = pod.uid().unwrap_or_default();
+        let wanted = references(pod);
+        let mut watched = self.0.watched.lock();
+        for (reference, entry) in watched.iter_mut() {
+            if !wanted.contains(reference) {
+                entry.users.remove(&uid);
+            }
+        }
+        for reference in wanted {
+            let entry = watched.entry(reference.clone()).or_insert_with(|| {
+                let task = tokio::spawn(follow(Arc::downgrade(&self.0), self.0.client.clone(), reference));
+                Watched { seen: None, users: BTreeSet::new(), task: Some(task.abort_handle()) }
+            });
+            entry.users.insert(uid.clone());
+        }
+        drop_unused(&mut watched);
+    }
+
+    /// Forgets what only that pod used.
+    pub fn unregister(&self, uid: &str) {
+        let mut watched = self.0.watched.lock();
+        for entry in watched.values_mut() {
+            entry.users.remove(uid);
+        }
+        drop_unused(&mut watched);
+        self.0.tokens.lock().retain(|(pod, _, _), _| pod != uid);
+    }
+
+    /// How many objects are followed.
+    pub fn len(&self) -> usize {
+        self.0.watched.lock().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn seen(&self, is_secret: bool, namespace: &str, name: &str) -> Option<Option<Held>> {
+        let reference = Reference { is_secret, namespace: namespace.into(), name: name.into() };
+        self.0.watched.lock().get(&reference)?.seen.clone()
+    }
+}
+
+fn drop_unused(watched: &mut HashMap<Reference, Watched>) {
+    watched.retain(|_, entry| {
+        if entry.users.is_empty() {
+            entry.task.iter().for_each(AbortHandle::abort);
+        }
+        !entry.users.is_empty()
+    });
+}
+
+/// All ConfigMaps and Secrets that a pod's spec names.
+fn references(pod: &Pod) -> BTreeSet<Reference> {
+    let namespace = pod.namespace().unwrap_or_default();
+    let mut found = BTreeSet::new();
+    let mut add = |is_secret: bool, name: &str| {
+        if !name.is_empty() {
+            found.insert(Reference { is_secret, namespace: namespace.clone(), name: name.to_string() });
+        }
+    };
+    let Some(spec) = &pod.spec else { return found };
+    for secret in spec.image_pull_secrets.iter().flatten() {
+        add(true, &secret.name);
+    }
+    for volume in spec.volumes.iter().flatten() {
+        if let Some(source) = &volume.config_map {
+            add(false, &source.name);
+        }
+        if let Some(source) = &volume.secret {
+            add(true, source.secret_name.as_deref().unwrap_or_default());
+        }
+        for source in volume.projected.iter().flat_map(|p| p.sources.iter().flatten()) {
+            if let Some(source) = &source.config_map {
+                add(false, &source.name);
+            }
+            if let Some(source) = &source.secret {
+                add(true, &source.name);
+            }
+        }
+    }
+    let containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
+    let envs = containers.map(|c| (&c.env, &c.env_from));
+    let ephemeral = spec.ephemeral_containers.iter().flatten().map(|c| (&c.env, &c.env_from));
+    for (env, env_from) in envs.chain(ephemeral) {
+        for source in env_from.iter().flatten() {
+            source.config_map_ref.iter().for_each(|r| add(false, &r.name));
+            source.secret_ref.iter().for_each(|r| add(true, &r.name));
+        }
+        for source in env.iter().flatten().filter_map(|e| e.value_from.as_ref()) {
+            source.config_map_key_ref.iter().for_each(|r| add(false, &r.name));
+            source.secret_key_ref.iter().for_each(|r| add(true, &r.name));
+        }
+    }
+    found
+}
+
+async fn follow(inner: std::sync::Weak<Inner>, client: Client, reference: Reference) {
+    if reference.is_secret {
+        let api: Api<Secret> = Api::namespaced(client, &reference.namespace);
+        follow_one(inner, api, reference, |o| Held::Secret(Arc::new(o))).await;
+    } else {
+        let api: Api<ConfigMap> = Api::namespaced(client, &reference.namespace);
+        follow_one(inner, api, reference, |o| Held::ConfigMap(Arc::new(o))).await;
+    }
+}
+
+async fn follow_one<K>(inner: std::sync::Weak<Inner>, api: Api<K>, reference: Reference, hold: fn(K) -> Held)
+where
+    K: kube::Resource<DynamicType = ()> + Clone + std::fmt::Debug + Send + serde_object::Read + 'static,
+{
+    let config = watcher::Config::default().fields(&format!("metadata.name={}", reference.name));
+    let mut events = std::pin::pin!(watcher(api, config).default_backoff());
+    let mut listed = None;
+    while let Some(event) = events.next().await {
+        let now = match event {
+            Ok(watcher::Event::Init) => {
+                listed = None;
+                continue;
+            }
+            Ok(watcher::Event::InitApply(object)) => {
+                listed = Some(object);
+                continue;
+            }
+            Ok(watcher::Event::InitDone) => listed.take(),
+            Ok(watcher::Event::Apply(object)) => Some(object),
+            Ok(watcher::Event::Delete(_)) => None,
+            Err(error) => {
+                tracing::debug!(name = reference.name, %error, "watch of one object failed, will retry");
+                continue;
+            }
+        };
+        let now = now.map(|mut object| {
+            object.meta_mut().managed_fields = None;
+            hold(object)
+        });
+        let Some(inner) = inner.upgrade() else { return };
+        inner.changed(&reference, now);
+    }
+}
+
+/// What a watched kind must be able to do, spelled once.
+mod serde_object {
+    pub trait Read: for<'a> k8s_openapi::serde::Deserialize<'a> {}
+    impl<T: for<'a> k8s_openapi::serde::Deserialize<'a>> Read for T {}
+}
+
+impl Inner {
+    fn changed(&self, reference: &Reference, now: Option<Held>) {
+        let users = {
+            let mut watched = self.watched.lock();
+            let Some(entry) = watched.get_mut(reference) else { return };
+            entry.seen = Some(now);
+            entry.users.clone()
+        };
+        let handler = self.on_change.lock().clone();
+        if let Some(handler) = handler {
+            users.iter().for_each(|uid| handler(uid));
+        }
+    }
+}
+
+fn failed(kind: &'static str, namespace: &str, name: &str, error: kube::Error) -> FetchError {
+    match error {
+        kube::Error::Api(status) if status.code == 404 => FetchError::NotFound { kind, name: name.to_string() },
+        error => FetchError::Failed { kind, key: format!("{namespace}/{name}"), message: error.to_string() },
+    }
+}
+
+#[async_trait]
+impl PodObjects for ObjectWatches {
+    async fn config_map(&self, namespace: &str, name: &str) -> Result<Arc<ConfigMap>, FetchError> {
+        if let Some(Some(Held::ConfigMap(object))) = self.seen(false, namespace, name) {
+            return Ok(object);
+        }
+        let api: Api<ConfigMap> = Api::namespaced(self.0.client.clone(), namespace);
+        api.get(name).await.map(Arc::new).map_err(|e| failed("configmap", namespace, name, e))
+    }
+
+    async fn secret(&self, namespace: &str, name: &str) -> Result<Arc<Secret>, FetchError> {
+        if let Some(Some(Held::Secret(object))) = self.seen(true, namespace, name) {
+            return Ok(object);
+        }
+        let api: Api<Secret> = Api::namespaced(self.0.client.clone(), namespace);
+        api.get(name).await.map(Arc::new).map_err(|e| failed("secret", namespace, name, e))
+    }
+
+    async fn token(&self, pod: &Pod, audience: Option<&str>, expiration_seconds: i64) -> Result<Token, FetchError> {
+        let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+        let uid = pod.uid().unwrap_or_default();
+        let key = (uid.clone(), audience.unwrap_or_default().to_string(), expiration_seconds);
+        if let Some(cached) = self.0.tokens.lock().get(&key) {
+            let left = cached.refresh_at.duration_since(clock::now());
+            if let Ok(refresh_after) = Duration::try_from(left) {
+                return Ok(Token { token: cached.token.clone(), refresh_after });
+            }
+        }
+        let account = pod.spec.as_ref().and_then(|s| s.service_account_name.as_deref()).unwrap_or("default");
+        let request = TokenRequest {
+            spec: Some(TokenRequestSpec {
+                audiences: Some(audience.filter(|a| !a.is_empty()).map(str::to_string).into_iter().collect()),
+                expiration_seconds: Some(expiration_seconds),
+                bound_object_ref: Some(BoundObjectReference {
+                    kind: Some("Pod".to_string()),
+                    api_version: Some("v1".to_string()),
+                    name: Some(name),
+                    uid: Some(uid),
+                }),
+            }),
+            ..TokenRequest::default()
+        };
+        let api: Api<ServiceAccount> = Api::namespaced(self.0.client.clone(), &namespace);
+        let answer = api
+            .create_token_request(account, &PostParams::default(), &request)
+            .await
+            .map_err(|e| failed("token", &namespace, account, e))?;
+        let status = answer.status.unwrap_or_default();
+        let token = status.token.unwrap_or_default();
+        // upstream asks again when 80 % of the time is over, at the latest after a day
+        let lifetime = status.expiration_timestamp.map(|t| t.0.duration_since(clock::now()).as_secs()).unwrap_or(0);
+        let seconds = u64::try_from(lifetime).unwrap_or(0).saturating_mul(4) / 5;
+        let refresh_after = Duration::from_secs(seconds.clamp(10, 86_400));
+        let refresh_at = clock::now().saturating_add(refresh_after).unwrap_or(clock::now());
+        self.0.tokens.lock().insert(key, CachedToken { token: token.clone(), refresh_at });
+        Ok(Token { token, refresh_after })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_every_reference() {
+        let pod: Pod = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "p", "namespace": "ns", "uid": "u"},
+            "spec": {
+                "imagePullSecrets": [{"name": "pull"}],
+                "volumes": [{"name": "a", "configMap": {"name": "c1"}}, {"name": "b", "secret": {"secretName": "s1"}},
+                    {"name": "p", "projected": {"sources": [{"configMap": {"name": "c2"}}, {"secret": {"name": "s2"}}]}}],
+                "containers": [{"name": "c", "envFrom": [{"configMapRef": {"name": "c3"}}],
+                    "env": [{"name": "e", "valueFrom": {"secretKeyRef": {"name": "s3", "key": "k"}}}]}]
+            }
+        }))
+        .unwrap();
+        let names: Vec<String> = references(&pod).into_iter().map(|r| r.name).collect();
+        assert_eq!(names, ["c1", "c2", "c3", "pull", "s1", "s2", "s3"]);
+    }
+}

@@ -1,0 +1,27 @@
+//! The project's own chores: `cargo xtask tidy`, `cargo xtask conformance`.
+mod conformance;
+mod tidy;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check what the compiler does not: headers, sizes, directions between crates, lists, formatting
+    Tidy,
+    /// Run a given build of upstream's e2e suite against a lab and record what passed
+    Conformance(conformance::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Tidy => tidy::run(),
+        Command::Conformance(args) => conformance::run(&args),
+    }
+}
