@@ -20,3 +20,17 @@ test: prepare
 lint: prepare
 	$(CARGO) xtask tidy
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+# The budgets of ARCHITECTURE.md, measured with the release binary; writes target/bench/budgets.json.
+bench: prepare
+	$(CARGO) build --release -p sampan -p sampan-bench
+	@"$$($(CARGO) metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/sampan-bench" budgets
+
+# Every parser of foreign bytes, FUZZ_SECONDS each; needs cargo-fuzz, which works with the stable compiler here.
+FUZZ_SECONDS ?= 30
+fuzz:
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo "make fuzz needs cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
+	cd fuzz && for target in $$($(CARGO) fuzz list); do \
+	  echo "== $$target"; \
+	  $(CARGO) fuzz run -s none "$$target" -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -verbosity=0 || exit 1; \
+	done

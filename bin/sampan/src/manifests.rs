@@ -4,6 +4,7 @@
 //! kube-system, so that a restart neither applies unchanged files again nor forgets what to prune.
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -14,7 +15,7 @@ use kube::discovery::{ApiResource, Scope};
 use kube::{Api, Client, ResourceExt};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use serde::{Deserialize, Serialize};
-use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
 
 const MANAGER: &str = "sampan-manifests";
 const NAMESPACE: &str = "kube-system";
@@ -32,37 +33,46 @@ struct Applied {
 }
 
 /// Follows the folder for as long as the process lives.
-pub fn start(client: Client, folder: PathBuf) {
-    sampan_telemetry::supervise("manifests", move || follow(client.clone(), folder.clone()));
+pub fn start(client: Client, folder: PathBuf) -> Result<()> {
+    std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    let changed = changes(&folder).with_context(|| format!("watching {}", folder.display()))?;
+    sampan_telemetry::supervise("manifests", move || {
+        let (client, folder, changed) = (client.clone(), folder.clone(), changed.clone());
+        async move { follow(&client, &folder, &changed).await }
+    });
+    Ok(())
 }
 
-async fn follow(client: Client, folder: PathBuf) {
-    if let Err(error) = watch(&client, &folder).await {
-        tracing::error!(folder = %folder.display(), "manifests are not followed: {error:#}");
-        tokio::time::sleep(RETRY).await;
-    }
-}
-
-async fn watch(client: &Client, folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder)?;
-    let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+/// Notified on every change in the folder, by a thread that sleeps in the kernel until then.
+fn changes(folder: &Path) -> Result<Arc<Notify>> {
+    let inotify = inotify::init(CreateFlags::CLOEXEC)?;
     let what = WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO | WatchFlags::MOVED_FROM | WatchFlags::DELETE;
     inotify::add_watch(&inotify, folder, what)?;
-    let events = AsyncFd::new(inotify)?;
+    let changed = Arc::new(Notify::new());
+    let told = changed.clone();
+    std::thread::Builder::new().name("manifests".to_string()).stack_size(64 * 1024).spawn(move || {
+        let mut buffer = [0_u8; 4096];
+        while rustix::io::read(&inotify, &mut buffer).is_ok_and(|n| n > 0) {
+            told.notify_one();
+        }
+    })?;
+    Ok(changed)
+}
+
+async fn follow(client: &Client, folder: &Path, changed: &Notify) {
     loop {
-        let failed = reconcile(client, folder).await?;
-        let changed = async {
-            let mut ready = events.readable().await?;
-            let mut buffer = [0_u8; 4096];
-            while rustix::io::read(events.get_ref(), &mut buffer).is_ok_and(|n| n > 0) {}
-            ready.clear_ready();
-            anyhow::Ok(())
-        };
-        match failed {
-            true => {
-                let _ = tokio::time::timeout(RETRY, changed).await;
+        let done = match reconcile(client, folder).await {
+            Ok(failed) => !failed,
+            Err(error) => {
+                tracing::warn!(folder = %folder.display(), "manifests: {error:#}");
+                false
             }
-            false => changed.await?,
+        };
+        match done {
+            true => changed.notified().await,
+            false => {
+                let _ = tokio::time::timeout(RETRY, changed.notified()).await;
+            }
         }
         tokio::time::sleep(SETTLE).await;
     }

@@ -1,8 +1,22 @@
 //! The node in this process: runtime, pod network, services, DNS and kubelet put together.
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use k8s_openapi::api::core::v1::Taint;
+use sampan_client::Informers;
+use sampan_dns::{Dns, DnsConfig};
+use sampan_drivers::runtime::Platform;
+use sampan_drivers::{PodNetwork, Runtime};
+use sampan_image::Registries;
+use sampan_kubelet::{Kubelet, KubeletConfig};
+use sampan_pods::{PodNet, PodNetConfig};
+use sampan_runtime::RuntimeOptions;
+use sampan_services::{Services, ServicesConfig};
+use sampan_telemetry::supervise;
+
+use crate::join::Cluster;
 
 /// Flags of every node, server or agent.
 #[derive(Clone, clap::Args)]
@@ -79,6 +93,14 @@ impl NodeArgs {
     }
 }
 
+impl NodeArgs {
+    fn platform(&self) -> Result<Platform> {
+        let text = self.platform.as_deref().unwrap_or(machine_platform());
+        parse_platform(text)
+            .with_context(|| format!("--platform {text}: expected OS/ARCH or OS/ARCH/VARIANT"))
+    }
+}
+
 /// A client from the text of a kubeconfig.
 pub async fn client_of_kubeconfig(text: &str) -> Result<kube::Client> {
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -103,22 +125,186 @@ pub async fn wait_for_end() {
     }
 }
 
-/// The kubelet's API on one stream.
-#[derive(Clone)]
-pub struct KubeletApi;
+/// A node that runs: what the server reaches of it.
+pub type KubeletApi = sampan_kubelet::api::Api;
 
-impl KubeletApi {
-    pub async fn serve(self, _stream: Box<dyn sampan_drivers::tunnel::Stream>) {}
+/// Puts the node together and starts it.
+pub async fn start(args: &NodeArgs, cluster: &Cluster, client: kube::Client) -> Result<KubeletApi> {
+    let (name, ip) = (args.name()?, args.ip()?);
+    let data = args.data_dir.join("agent");
+    std::fs::create_dir_all(&data).with_context(|| format!("making {}", data.display()))?;
+    let dns_ip: IpAddr = cluster.cluster_dns.parse().context("the cluster's DNS address")?;
+    let registries = registries(&args.private_registry)?;
+    let runtime: Arc<dyn Runtime> = Arc::new(
+        sampan_runtime::Node::open(RuntimeOptions {
+            data_dir: data.clone(),
+            run_dir: PathBuf::from("/run/sampan"),
+            cgroup_root: args.cgroup_root.clone(),
+            platform: args.platform()?,
+            registries,
+            shim_exe: std::env::current_exe().context("finding this program")?,
+        })
+        .await
+        .context("starting the container runtime")?,
+    );
+    let informers = Informers::new(client.clone());
+    let pods = PodNet::new(
+        PodNetConfig {
+            node_name: name.clone(),
+            node_ip: ip,
+            state_dir: data.join("network"),
+            cluster_cidr: cluster.cluster_cidr.clone(),
+        },
+        &informers,
+    );
+    let services = Services::new(
+        ServicesConfig {
+            node_name: name.clone(),
+            node_ip: ip,
+            cluster_cidr: cluster.cluster_cidr.clone(),
+            cluster_dns: dns_ip,
+        },
+        &informers,
+    );
+    let dns = Dns::new(
+        DnsConfig {
+            cluster_dns: dns_ip,
+            listen: Vec::new(),
+            domain: cluster.cluster_domain.clone(),
+            resolv_conf: PathBuf::from("/etc/resolv.conf"),
+        },
+        &informers,
+    );
+    let network: Arc<dyn PodNetwork> = pods.clone();
+    supervise("pod network", forever(pods, |p| async move { p.run().await }));
+    supervise("services", forever(services, |s| async move { s.run().await }));
+    supervise("dns", forever(dns, |d| async move { d.run().await }));
+    let mut config = KubeletConfig::new(&name, data.clone());
+    config.node_ips = vec![ip];
+    config.labels = labels(&args.node_label)?;
+    config.taints = taints(&args.node_taint)?;
+    config.cluster_dns = vec![dns_ip];
+    config.cluster_domain = cluster.cluster_domain.clone();
+    config.manifests_dir = Some(data.join("pod-manifests"));
+    config.log_dir = PathBuf::from("/var/log");
+    config.cgroup_root = PathBuf::from("/sys/fs/cgroup").join(&args.cgroup_root);
+    let kubelet = Kubelet::new(config, client, informers, runtime.clone(), network);
+    supervise("kubelet", {
+        let kubelet = kubelet.clone();
+        move || {
+            let kubelet = kubelet.clone();
+            async move { kubelet.run().await }
+        }
+    });
+    Ok(KubeletApi::new(Arc::new(kubelet), runtime))
 }
 
-pub async fn start(_: &NodeArgs, _: &crate::join::Cluster, _: kube::Client) -> Result<KubeletApi> {
-    bail!("not yet")
+/// A task over a shared value that can be started again.
+fn forever<T, F, Fut>(value: Arc<T>, task: F) -> impl Fn() -> Fut + Send + 'static
+where
+    T: Send + Sync + 'static,
+    F: Fn(Arc<T>) -> Fut + Send + 'static,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    move || task(value.clone())
 }
+
+/// The server's own node: reached in memory, through the same protocol as all others.
 pub async fn start_local(
-    _: &NodeArgs,
-    _: &crate::join::Cluster,
-    _: kube::Client,
-    _: &std::sync::Arc<sampan_tunnel::Nodes>,
+    args: &NodeArgs,
+    cluster: &Cluster,
+    client: kube::Client,
+    nodes: &Arc<sampan_tunnel::Nodes>,
 ) -> Result<()> {
-    bail!("not yet")
+    let api = start(args, cluster, client).await?;
+    let (nodes, name) = (nodes.clone(), args.name()?);
+    supervise("local tunnel", move || {
+        let (nodes, name, api) = (nodes.clone(), name.clone(), api.clone());
+        async move {
+            let (near, far) = tokio::io::duplex(64 * 1024);
+            let served = sampan_tunnel::serve(far, move |stream| api.clone().serve(stream));
+            let ((), served) = tokio::join!(nodes.hold(&name, near), served);
+            if let Err(error) = served {
+                tracing::debug!(%error, "the local tunnel ended");
+            }
+        }
+    });
+    Ok(())
+}
+
+/// The machine's platform, as images name it.
+fn machine_platform() -> &'static str {
+    match std::env::consts::ARCH {
+        "aarch64" => "linux/arm64",
+        "arm" => "linux/arm/v7",
+        "x86" => "linux/386",
+        _ => "linux/amd64",
+    }
+}
+
+fn parse_platform(text: &str) -> Option<Platform> {
+    let mut parts = text.split('/').map(str::to_string).filter(|p| !p.is_empty());
+    let platform = Platform { os: parts.next()?, architecture: parts.next()?, variant: parts.next() };
+    parts.next().is_none().then_some(platform)
+}
+
+/// Mirrors and credentials; none where there is no file.
+fn registries(path: &std::path::Path) -> Result<Registries> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Registries::parse(&text).with_context(|| path.display().to_string()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Registries::default()),
+        Err(e) => Err(e).with_context(|| format!("reading {}", path.display())),
+    }
+}
+
+/// `KEY=VALUE` each.
+fn labels(given: &[String]) -> Result<std::collections::BTreeMap<String, String>> {
+    given
+        .iter()
+        .map(|label| {
+            let (key, value) =
+                label.split_once('=').with_context(|| format!("--node-label {label}: expected KEY=VALUE"))?;
+            Ok((key.to_string(), value.to_string()))
+        })
+        .collect()
+}
+
+/// `KEY[=VALUE]:EFFECT` each.
+fn taints(given: &[String]) -> Result<Vec<Taint>> {
+    given
+        .iter()
+        .map(|taint| {
+            let wrong = || {
+                format!(
+                    "--node-taint {taint}: expected KEY=VALUE:NoSchedule, :PreferNoSchedule or :NoExecute"
+                )
+            };
+            let (rest, effect) = taint.rsplit_once(':').with_context(wrong)?;
+            if !matches!(effect, "NoSchedule" | "PreferNoSchedule" | "NoExecute") {
+                bail!(wrong());
+            }
+            let (key, value) = match rest.split_once('=') {
+                Some((key, value)) => (key, Some(value.to_string())),
+                None => (rest, None),
+            };
+            Ok(Taint { key: key.to_string(), value, effect: effect.to_string(), time_added: None })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_of_the_node() {
+        assert_eq!(parse_platform("linux/arm/v7").unwrap().variant.as_deref(), Some("v7"));
+        assert!(parse_platform("linux").is_none() && parse_platform("a/b/c/d").is_none());
+        assert_eq!(labels(&["a=b".into()]).unwrap()["a"], "b");
+        assert!(labels(&["a".into()]).is_err());
+        let taints_of = |text: &str| taints(&[text.to_string()]);
+        assert_eq!(taints_of("k=v:NoSchedule").unwrap()[0].value.as_deref(), Some("v"));
+        assert_eq!(taints_of("k:NoExecute").unwrap()[0].value, None);
+        assert!(taints_of("k=v:Never").unwrap_err().to_string().contains("expected KEY=VALUE"));
+    }
 }

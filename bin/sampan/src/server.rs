@@ -99,7 +99,7 @@ async fn serve(args: Args) -> Result<()> {
     config.advertise = Some(addresses.advertise);
     config.ca_certificates = authority.certificate_pem().to_string();
     config.extra = Some(endpoint.router());
-    config.extra_prefixes = vec![tunnel_endpoint::PREFIX.to_string()];
+    config.extra_prefixes = tunnel_endpoint::PREFIXES.iter().map(|p| (*p).to_string()).collect();
     config.openid =
         Some(OpenId { configuration: authn::service_account::openid_configuration(), jwks: key.jwks() });
     let api = ApiServer::new(config).await.context("starting the API server")?;
@@ -117,6 +117,7 @@ async fn serve(args: Args) -> Result<()> {
     }));
     api.bootstrap().await.map_err(|status| anyhow::anyhow!("preparing the cluster: {}", status.0.message))?;
     bootstrap_policy::ensure(&client).await.context("writing the default roles")?;
+    let_nodes_see_services(&client).await.context("letting nodes see services")?;
     let authorizer = Authorizer::new(&informers);
     authorizer.ready().await;
     api.install_admission(Arc::new(Chain::new(&sampan_admission::Context::new(informers.clone()))));
@@ -141,7 +142,7 @@ async fn serve(args: Args) -> Result<()> {
     tracing::info!(address = %listen, ms = started.elapsed().as_millis() as u64, "the API is served");
 
     start_control_plane(&api, &args, &authority);
-    crate::manifests::start(client, folder.join("manifests"));
+    crate::manifests::start(client, folder.join("manifests"))?;
     if !args.disable_agent {
         let identity = Identity::new(&format!("system:node:{}", args.node.name()?), &["system:nodes"]);
         let client = api.client(identity, "kubelet");
@@ -154,8 +155,49 @@ async fn serve(args: Args) -> Result<()> {
     store.close().await.context("closing the store")
 }
 
+/// Agents do kube-proxy's work themselves, so nodes get its role.
+async fn let_nodes_see_services(client: &kube::Client) -> Result<(), kube::Error> {
+    use k8s_openapi::api::rbac::v1::{ClusterRoleBinding, RoleRef, Subject};
+    let mut binding = ClusterRoleBinding {
+        role_ref: RoleRef {
+            api_group: Some("rbac.authorization.k8s.io".to_string()),
+            kind: "ClusterRole".to_string(),
+            name: "system:node-proxier".to_string(),
+        },
+        subjects: Some(vec![Subject {
+            api_group: Some("rbac.authorization.k8s.io".to_string()),
+            kind: "Group".to_string(),
+            name: "system:nodes".to_string(),
+            ..Subject::default()
+        }]),
+        ..ClusterRoleBinding::default()
+    };
+    binding.metadata.name = Some("sampan:node-proxier".to_string());
+    let bindings = kube::Api::<ClusterRoleBinding>::all(client.clone());
+    match bindings.create(&kube::api::PostParams::default(), &binding).await {
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+        other => other.map(drop),
+    }
+}
+
 fn start_control_plane(api: &ApiServer, args: &Args, authority: &Authority) {
-    //CONTROLLERS
+    let caller = api.clone();
+    let identity = Identity::new("system:kube-controller-manager", &[Identity::MASTERS]);
+    sampan_controllers::start(sampan_controllers::Context {
+        clients: Arc::new(move |name: &'static str| {
+            let user = format!("system:serviceaccount:kube-system:{name}");
+            let groups = ["system:serviceaccounts", "system:serviceaccounts:kube-system"];
+            caller.client(Identity::new(&user, &groups), "kube-controller-manager")
+        }),
+        informers: Informers::new(api.client(identity, "kube-controller-manager")),
+        options: sampan_controllers::Options {
+            cluster_cidr: Some(args.cluster_cidr.clone()),
+            service_cidr: Some(args.service_cidr.clone()),
+            root_ca_pem: authority.certificate_pem().to_string(),
+            ..sampan_controllers::Options::default()
+        },
+        image_platforms: None,
+    });
     let client = api.client(Identity::new("system:kube-scheduler", &[]), "kube-scheduler");
     supervise("scheduler", move || {
         let client = client.clone();

@@ -1,4 +1,5 @@
-//! What the server answers besides the API: `POST /v1-sampan/join` and the agents' `GET /v1-sampan/connect`.
+//! What the server answers besides the API: `GET /cacerts`, `POST /v1-sampan/join` and the agents'
+//! `GET /v1-sampan/connect`.
 use std::convert::Infallible;
 use std::sync::Arc;
 
@@ -19,7 +20,10 @@ use crate::join::{Cluster, JoinAnswer, JoinRequest};
 
 /// Members of this group may join nodes: upstream's group of bootstrap tokens.
 pub const JOINERS: &str = "system:bootstrappers";
-pub const PREFIX: &str = "/v1-sampan/";
+/// What is answered here and not by the API server.
+pub const PREFIXES: &[&str] = &["/v1-sampan/", AUTHORITY_PATH];
+/// The cluster's certificate authority, for anyone: agents hold it against their token's hash.
+const AUTHORITY_PATH: &str = "/cacerts";
 
 pub struct Endpoint {
     pub authority: Arc<Authority>,
@@ -44,6 +48,9 @@ impl Endpoint {
     }
 
     async fn answer(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        if request.uri().path() == AUTHORITY_PATH {
+            return Ok(Response::new(body::full(self.authority.certificate_pem().to_string())));
+        }
         let Some(access) = self.access.get() else {
             return Err(Status::unavailable("the server is starting"));
         };

@@ -119,7 +119,8 @@ mod tests {
 
     #[test]
     fn labels_declare_a_nodes_platform() {
-        let labels = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let labels =
+            |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
         assert_eq!(of_node(&labels(&[])), None);
         assert_eq!(of_node(&labels(&[("kubernetes.io/arch", "arm64")])), Some(platform("linux/arm64")));
         let v6 = labels(&[("kubernetes.io/arch", "arm"), (ARM_VARIANT_LABEL, "v6")]);

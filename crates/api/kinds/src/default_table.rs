@@ -8,10 +8,8 @@ use crate::kind::Column;
 use crate::object::text;
 use crate::table;
 
-pub const COLUMNS: &[Column] = &[
-    Column::NAME,
-    Column { kind: "date", ..Column::string("Created At", "When the object was created.") },
-];
+pub const COLUMNS: &[Column] =
+    &[Column::NAME, Column { kind: "date", ..Column::string("Created At", "When the object was created.") }];
 
 pub fn row(object: &Value, _: Timestamp) -> Vec<Value> {
     vec![table::name(object), text(object, "/metadata/creationTimestamp").into()]

@@ -23,6 +23,7 @@ registry! {
     default_storage_class,
     default_ingress_class,
     runtime_class,
+    resource_quota,
 }
 
 #[cfg(test)]
@@ -117,6 +118,7 @@ pub(crate) mod tests {
             "DefaultStorageClass",
             "DefaultIngressClass",
             "RuntimeClass",
+            "ResourceQuota",
         ];
         assert_eq!(chain.names(), want);
     }

@@ -1,7 +1,7 @@
 //! Who may do what: the seams through which the request pipeline asks for authentication, authorization and reviews.
 //!
 //! Upstream counterparts: k8s.io/apiserver/pkg/authentication/authenticator, …/authorization/authorizer. They are
-//! filled in after the router exists ([`crate::ApiServer::install`]), because they read the cluster through it; until
+//! filled in after the router exists (`crate::ApiServer::install_*`), because they read the cluster through it; until
 //! then only callers in memory who are `system:masters` are served.
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use sampan_client::Identity;
 use serde_json::Value;
 
 use crate::request_info::RequestInfo;
+use crate::selector::{FieldSelector, LabelSelector};
 use crate::status::{GroupResource, Result, Status};
 
 /// The certificates that the peer of a connection has shown and the TLS layer has verified; an extension of each
@@ -40,6 +41,9 @@ pub struct Attributes<'a> {
     /// For requests outside the API's resources.
     pub path: &'a str,
     pub is_resource: bool,
+    /// What a list, watch or deletecollection is limited to.
+    pub field_selector: &'a FieldSelector,
+    pub label_selector: &'a LabelSelector,
 }
 
 impl<'a> Attributes<'a> {
@@ -55,6 +59,8 @@ impl<'a> Attributes<'a> {
             name: &info.name,
             path: &info.path,
             is_resource: info.is_resource,
+            field_selector: &info.field_selector,
+            label_selector: &info.label_selector,
         }
     }
 

@@ -96,11 +96,12 @@ fn attributes<'a>(
     }
 }
 
+/// The name on the path, which a body can't belie; on creates and of collections the object's.
 fn name_of<'a>(call: &'a Call, object: Option<&'a Value>) -> &'a str {
-    match object.and_then(|object| object.pointer("/metadata/name")).and_then(Value::as_str) {
-        Some(name) => name,
-        None => &call.info.name,
+    if !call.info.name.is_empty() {
+        return &call.info.name;
     }
+    object.and_then(|object| object.pointer("/metadata/name")).and_then(Value::as_str).unwrap_or_default()
 }
 
 fn refused(call: &Call, name: &str, refusal: Refusal) -> Status {

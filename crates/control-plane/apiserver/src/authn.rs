@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use http::header::AUTHORIZATION;
+use http::header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL};
 use http::{HeaderMap, request::Parts};
 use parking_lot::Mutex;
 use rustls::pki_types::{CertificateDer, UnixTime};
@@ -236,7 +236,7 @@ fn bearer_token(headers: &HeaderMap) -> Option<String> {
         return (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty())
             .then(|| token.trim().to_string());
     }
-    let protocols = headers.get_all(http::header::SEC_WEBSOCKET_PROTOCOL);
+    let protocols = headers.get_all(SEC_WEBSOCKET_PROTOCOL);
     let protocols = protocols.iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(','));
     let encoded = protocols.map(str::trim).find_map(|p| p.strip_prefix(WEBSOCKET_TOKEN))?;
     let token = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(encoded).ok()?;
@@ -246,6 +246,16 @@ fn bearer_token(headers: &HeaderMap) -> Option<String> {
 /// Removes what was only for authentication, so that nothing behind it sees or forwards it.
 pub fn strip(headers: &mut HeaderMap) {
     headers.remove(AUTHORIZATION);
+    let protocols = headers.get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|v| v.to_str().ok());
+    let protocols: Vec<&str> = protocols.flat_map(|v| v.split(',')).map(str::trim).collect();
+    if protocols.iter().any(|p| p.starts_with(WEBSOCKET_TOKEN)) {
+        let left: Vec<&str> = protocols.into_iter().filter(|p| !p.starts_with(WEBSOCKET_TOKEN)).collect();
+        let left = http::HeaderValue::from_str(&left.join(", ")).ok().filter(|left| !left.is_empty());
+        match left {
+            Some(left) => drop(headers.insert(SEC_WEBSOCKET_PROTOCOL, left)),
+            None => drop(headers.remove(SEC_WEBSOCKET_PROTOCOL)),
+        }
+    }
     let proxied = |name: &str| {
         matches!(name, "x-remote-user" | "x-remote-uid" | "x-remote-group")
             || name.starts_with("x-remote-extra-")
@@ -319,6 +329,9 @@ mod tests {
             &format!("v5.channel.k8s.io, {WEBSOCKET_TOKEN}YWRtaW4tdG9rZW4"),
         )]);
         assert_eq!(who(&socket).await.unwrap().username, "admin");
+        let mut stripped = socket.headers;
+        strip(&mut stripped);
+        assert_eq!(stripped[SEC_WEBSOCKET_PROTOCOL], "v5.channel.k8s.io");
         let mut inside = parts(&[]);
         inside.extensions.insert(Identity::loopback());
         assert_eq!(who(&inside).await.unwrap(), Identity::loopback());

@@ -145,7 +145,27 @@ impl From<&access::Attributes<'_>> for Attributes {
             namespace: asked.namespace.to_string(),
             resource_request: asked.is_resource,
             path: asked.path.to_string(),
-            ..Self::default()
+            field_selector: asked.field_selector.clone(),
+            label_selector: asked.label_selector.clone(),
+        }
+    }
+}
+
+impl<'a> From<&'a Attributes> for access::Attributes<'a> {
+    fn from(asked: &'a Attributes) -> Self {
+        Self {
+            identity: &asked.user,
+            verb: &asked.verb,
+            group: &asked.api_group,
+            version: &asked.api_version,
+            resource: &asked.resource,
+            subresource: &asked.subresource,
+            namespace: &asked.namespace,
+            name: &asked.name,
+            path: &asked.path,
+            is_resource: asked.resource_request,
+            field_selector: &asked.field_selector,
+            label_selector: &asked.label_selector,
         }
     }
 }
@@ -182,6 +202,23 @@ impl fmt::Display for Attributes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kubelets_watch_of_its_pods_is_allowed() {
+        let authorizer = Authorizer { node: node::NodeAuthorizer::detached(), rbac: rbac::Rbac::detached() };
+        let node = Identity::new("system:node:a", &["system:nodes"]);
+        for (query, want) in [
+            ("watch=1&fieldSelector=spec.nodeName%3Da", true),
+            ("fieldSelector=spec.nodeName%3Da", true),
+            ("fieldSelector=spec.nodeName%3Db", false),
+            ("", false),
+        ] {
+            let query = crate::query::Query::parse(Some(query));
+            let info = crate::request_info::RequestInfo::parse(&http::Method::GET, "/api/v1/pods", &query);
+            let asked = Attributes::from(&access::Attributes::of(&node, &info));
+            assert_eq!(authorizer.authorize(&asked).is_allowed(), want, "{query:?}");
+        }
+    }
 
     #[test]
     fn forbidden_is_said_as_upstream_says_it() {

@@ -51,6 +51,13 @@ async fn kubernetes_service(server: &Arc<Server>) -> Result<()> {
             "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": target}]}});
     ensure(server, "/api/v1/namespaces/default/services", "kubernetes", &service).await?;
     let Some(address) = server.config.advertise else { return Ok(()) };
+    if address.ip().is_loopback() || address.ip().is_unspecified() {
+        tracing::warn!(
+            %address,
+            "pods cannot reach the API server at this address: the kubernetes service gets no endpoints"
+        );
+        return Ok(());
+    }
     let ip = address.ip().to_string();
     let endpoints = json!({"apiVersion": "v1", "kind": "Endpoints",
         "metadata": {"name": "kubernetes", "namespace": "default",

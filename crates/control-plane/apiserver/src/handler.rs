@@ -13,6 +13,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tower::Service;
 
 use crate::access::{Attributes, Decision};
+use crate::authn::{self, impersonation};
 use crate::body::{self, Body};
 use crate::call::Call;
 use crate::config::ExtraRouter;
@@ -120,87 +121,35 @@ async fn identify(server: &Server, parts: &mut Parts, info: &RequestInfo) -> Res
             None => return Err(Status::unavailable("the server is starting")),
         },
     };
-    parts.headers.remove(header::AUTHORIZATION);
-    impersonate(server, identity, &parts.headers).await
+    authn::strip(&mut parts.headers);
+    impersonate(server, identity, &mut parts.headers).await
 }
 
 fn is_health(path: &str) -> bool {
     ["/healthz", "/livez", "/readyz"].iter().any(|prefix| path.starts_with(prefix))
 }
 
-/// `kubectl --as`: another identity, if the caller may use it.
-async fn impersonate(server: &Server, identity: Identity, headers: &HeaderMap) -> Result<Identity> {
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_string);
-    let groups: Vec<String> = headers
-        .get_all("impersonate-group")
-        .iter()
-        .filter_map(|value| value.to_str().ok().map(str::to_string))
-        .collect();
-    let Some(user) = text("impersonate-user") else {
-        if !groups.is_empty() || text("impersonate-uid").is_some() {
-            return Err(Status::new(500, "InternalError", "requested groups without impersonating a user"));
-        }
-        return Ok(identity);
-    };
-    let mut target = Identity { username: user.clone(), ..Identity::default() };
-    target.uid = text("impersonate-uid").unwrap_or_default();
-    let (namespace, name, resource) = match user.strip_prefix("system:serviceaccount:") {
-        Some(account) => {
-            let (namespace, name) = account.split_once(':').unwrap_or(("", account));
-            (namespace.to_string(), name.to_string(), "serviceaccounts")
-        }
-        None => (String::new(), user.clone(), "users"),
-    };
-    check_impersonation(server, &identity, resource, &namespace, &name).await?;
-    for group in &groups {
-        check_impersonation(server, &identity, "groups", "", group).await?;
+/// `kubectl --as`: another identity, if the caller may use all of it.
+async fn impersonate(server: &Server, identity: Identity, headers: &mut HeaderMap) -> Result<Identity> {
+    let Some(wanted) = impersonation::requested(headers, &identity)? else { return Ok(identity) };
+    for check in &wanted.checks {
+        decide(server, &Attributes::from(check)).await?;
     }
-    target.groups = groups;
-    if resource == "serviceaccounts" && target.groups.is_empty() {
-        target.groups = vec!["system:serviceaccounts".into(), format!("system:serviceaccounts:{namespace}")];
-    }
-    let group = if user == "system:anonymous" { "system:unauthenticated" } else { Identity::AUTHENTICATED };
-    if !target.is_in(group) {
-        target.groups.push(group.into());
-    }
-    for (name, value) in headers {
-        let Some(key) = name.as_str().strip_prefix("impersonate-extra-") else { continue };
-        let key = crate::query::percent_decode(key, false).to_ascii_lowercase();
-        check_impersonation(server, &identity, "userextras", "", value.to_str().unwrap_or("")).await?;
-        target.extra.entry(key).or_default().push(value.to_str().unwrap_or("").to_string());
-    }
-    Ok(target)
-}
-
-async fn check_impersonation(
-    server: &Server,
-    identity: &Identity,
-    resource: &str,
-    namespace: &str,
-    name: &str,
-) -> Result<()> {
-    let group = if resource == "userextras" { "authentication.k8s.io" } else { "" };
-    let info = RequestInfo {
-        is_resource: true,
-        verb: "impersonate".into(),
-        group: group.into(),
-        version: "v1".into(),
-        resource: resource.into(),
-        namespace: namespace.into(),
-        name: name.into(),
-        ..RequestInfo::default()
-    };
-    authorize(server, identity, &info).await
+    impersonation::strip(headers);
+    Ok(wanted.identity)
 }
 
 async fn authorize(server: &Server, identity: &Identity, info: &RequestInfo) -> Result<()> {
-    if identity.is_in(Identity::MASTERS) {
+    decide(server, &Attributes::of(identity, info)).await
+}
+
+async fn decide(server: &Server, attributes: &Attributes<'_>) -> Result<()> {
+    if attributes.identity.is_in(Identity::MASTERS) {
         return Ok(());
     }
-    let attributes = Attributes::of(identity, info);
     let decision = match server.authorizer.get() {
-        Some(authorizer) => authorizer.authorize(&attributes).await,
-        None if is_health(&info.path) => Decision::Allow,
+        Some(authorizer) => authorizer.authorize(attributes).await,
+        None if is_health(attributes.path) => Decision::Allow,
         None => Decision::Deny("the server is starting".into()),
     };
     match decision {

@@ -37,20 +37,25 @@ pub async fn serve(
         }
         ["cacerts"] => Ok(reply::text(200, server.config.ca_certificates.clone())),
         [".well-known", "openid-configuration"] => match &server.config.openid {
-            Some(openid) => Ok(reply::json_value(200, &openid.configuration)),
+            Some(openid) => Ok(discovery_document(&openid.configuration, "application/json")),
             None => Err(Status::no_such_path()),
         },
         ["openid", "v1", "jwks"] => match &server.config.openid {
-            Some(openid) => {
-                let body = body::full(openid.jwks.to_string());
-                Ok(reply::bytes(200, "application/jwk-set+json", body))
-            }
+            Some(openid) => Ok(discovery_document(&openid.jwks, "application/jwk-set+json")),
             None => Err(Status::no_such_path()),
         },
         ["openapi", rest @ ..] => openapi::serve(server, rest, parts),
         ["api" | "apis", ..] => discovery::serve(server, &segments, parts, output),
         _ => Err(Status::no_such_path()),
     }
+}
+
+/// A document of the service account issuer, which anybody may keep for an hour.
+fn discovery_document(document: &serde_json::Value, media_type: &'static str) -> Response<Body> {
+    let mut response = reply::bytes(200, media_type, body::full(document.to_string()));
+    let cached = HeaderValue::from_static("public, max-age=3600");
+    response.headers_mut().insert(header::CACHE_CONTROL, cached);
+    response
 }
 
 /// `/healthz`, `/livez`, `/readyz` and one check of them; `?verbose` lists the checks, `?exclude=` leaves some out.

@@ -49,7 +49,8 @@ pub async fn forward(call: &Call, to: Destination, body: Body) -> Result<Respons
             tracing::debug!(%error, "proxied connection ended");
         }
     });
-    let upgrade = wanted_upgrade(&call.parts.headers);
+    // A log over a WebSocket is a plain log for the kubelet.
+    let upgrade = wanted_upgrade(&call.parts.headers).filter(|_| call.info.subresource != "log");
     let mut request = Request::new(body);
     *request.method_mut() = call.parts.method.clone();
     *request.uri_mut() = to.path.parse::<Uri>().map_err(|e| Status::bad_request(e.to_string()))?;
@@ -89,6 +90,13 @@ fn passed_on(headers: &HeaderMap, upgrade: Option<&HeaderValue>) -> HeaderMap {
     // The size of the body is the body's own to say.
     passed.remove(header::CONTENT_LENGTH);
     passed.remove("keep-alive");
+    if upgrade.is_none() {
+        let of_sockets: Vec<_> =
+            passed.keys().filter(|name| name.as_str().starts_with("sec-websocket-")).cloned().collect();
+        for name in of_sockets {
+            passed.remove(name);
+        }
+    }
     if let Some(upgrade) = upgrade {
         passed.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         passed.insert(header::UPGRADE, upgrade.clone());

@@ -74,7 +74,8 @@ impl Query {
 
 /// Decodes `%XX`, and `+` as a blank in queries. What isn't a code stays as it is.
 pub fn percent_decode(text: &str, plus_is_blank: bool) -> Cow<'_, str> {
-    if !text.contains('%') && !(plus_is_blank && text.contains('+')) {
+    let coded = text.contains('%') || (plus_is_blank && text.contains('+'));
+    if !coded {
         return Cow::Borrowed(text);
     }
     let bytes = text.as_bytes();

@@ -4,7 +4,7 @@
 use http::Method;
 
 use crate::query::{Query, percent_decode};
-use crate::selector::FieldSelector;
+use crate::selector::{FieldSelector, LabelSelector};
 
 /// A request's verb and what it is about. For paths outside the API only `path` and `verb` are set.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -23,6 +23,9 @@ pub struct RequestInfo {
     pub parts: Vec<String>,
     /// The path says `/watch/`, the deprecated way to ask for a watch.
     pub watch_by_path: bool,
+    /// What a list, watch or deletecollection is limited to, for authorizers. Empty where it can't be read.
+    pub field_selector: FieldSelector,
+    pub label_selector: LabelSelector,
 }
 
 impl RequestInfo {
@@ -68,6 +71,10 @@ impl RequestInfo {
         info.name = parts.get(1).cloned().unwrap_or_default();
         info.subresource = parts.get(2).cloned().unwrap_or_default();
         info.without_name(query);
+        if matches!(info.verb.as_str(), "list" | "watch" | "deletecollection") {
+            info.field_selector = FieldSelector::parse(query.get("fieldSelector")).unwrap_or_default();
+            info.label_selector = LabelSelector::parse(query.get("labelSelector")).unwrap_or_default();
+        }
         info
     }
 
@@ -178,6 +185,7 @@ mod tests {
             ];
             assert_eq!(got, [verb, group, version, namespace, resource, subresource, name], "{uri}");
             assert_eq!(info.is_resource, !resource.is_empty(), "{uri}");
+            assert_eq!(info.field_selector.is_empty(), !uri.contains("fieldSelector"), "{uri}");
         }
     }
 }

@@ -125,10 +125,8 @@ async fn create_once(call: &Call, mut object: Value, options: &WriteOptions) -> 
     (rules.rest.prepare_create)(&mut object);
     let allocation = service_ip::before_create(call, &mut object).await?;
     let name = text(&object, "/metadata/name").to_string();
-    let mut errors = (rules.rest.validate)(&object);
-    if errors.is_empty() {
-        errors = meta::validate(&object, resource.namespaced, rules.name_rule);
-    }
+    let mut errors = meta::validate(&object, resource.namespaced, rules.name_rule);
+    errors.extend((rules.rest.validate)(&object));
     if !errors.is_empty() {
         return Err(call.invalid(&name, &errors));
     }

@@ -1,4 +1,5 @@
 //! The server on 127.0.0.1 with TLS, driven by kubectl. Does nothing where there is no kubectl.
+#![allow(clippy::unwrap_used)]
 use std::process::{Command, Output};
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
 //! The verbs through the router, as a caller in memory sees them, over a store in a temporary folder.
+#![allow(clippy::unwrap_used)]
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -288,6 +289,12 @@ async fn patches() {
 #[tokio::test]
 async fn finalizers_grace_and_namespaces() {
     let world = World::new().await;
+    let api = "/apis/storage.k8s.io/v1/storageclasses";
+    let class = json!({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "c"},
+        "provisioner": "example.com/p"});
+    assert_eq!(world.post(api, class).await.0, 201);
+    let options = json!({"apiVersion": "storage.k8s.io/v1", "kind": "DeleteOptions"});
+    assert_eq!(world.delete(&format!("{api}/c"), options).await.0, 200, "options are of any group");
     let mut held = map("held");
     held["metadata"]["finalizers"] = json!(["example.com/hold"]);
     world.post(MAPS, held).await;
@@ -386,4 +393,38 @@ async fn a_kube_client_works_in_memory() {
     let nodes: kube::Api<k8s_openapi::api::core::v1::Namespace> = kube::Api::all(client);
     let list = nodes.list(&kube::api::ListParams::default()).await.unwrap();
     assert_eq!(list.items.len(), 4);
+}
+
+/// Allows all but acting with another's uid.
+struct NoUids;
+
+#[async_trait::async_trait]
+impl sampan_apiserver::Authorizer for NoUids {
+    async fn authorize(
+        &self,
+        asked: &sampan_apiserver::access::Attributes<'_>,
+    ) -> sampan_apiserver::access::Decision {
+        match asked.resource {
+            "uids" => sampan_apiserver::access::Decision::Deny("no".to_string()),
+            _ => sampan_apiserver::access::Decision::Allow,
+        }
+    }
+}
+
+#[tokio::test]
+async fn everything_impersonated_is_authorized() {
+    let world = World::new().await;
+    world.api.install_authorization(std::sync::Arc::new(NoUids));
+    for (uid, want) in [("", 200), ("7", 403)] {
+        let mut request = Request::builder()
+            .uri("/api/v1/namespaces/default/configmaps")
+            .header("impersonate-user", "jane");
+        if !uid.is_empty() {
+            request = request.header("impersonate-uid", uid);
+        }
+        let mut request = request.body(body::empty()).unwrap();
+        request.extensions_mut().insert(Identity::new("joe", &[]));
+        let response = handler::handle(world.api.server().clone(), request).await;
+        assert_eq!(response.status(), want, "{uid:?}");
+    }
 }

@@ -15,7 +15,8 @@ pub type Clients = Arc<dyn Fn(&'static str) -> Client + Send + Sync>;
 
 /// The platforms (`os/arch` or `os/arch/variant`) that all images of a pod of that namespace have; `None` when that
 /// is not known, which allows every node.
-pub type ImagePlatforms = Arc<dyn Fn(String, PodSpec) -> BoxFuture<'static, Option<BTreeSet<String>>> + Send + Sync>;
+pub type ImagePlatforms =
+    Arc<dyn Fn(String, PodSpec) -> BoxFuture<'static, Option<BTreeSet<String>>> + Send + Sync>;
 
 /// What kube-controller-manager has as flags; defaults are upstream's.
 #[derive(Clone, Debug)]

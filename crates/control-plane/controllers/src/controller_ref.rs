@@ -20,11 +20,23 @@ use crate::controller::SyncError;
 
 /// A namespaced object that can own or be owned.
 pub trait Namespaced:
-    Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug + Send + Sync + 'static
+    Resource<DynamicType = (), Scope = NamespaceResourceScope>
+    + Clone
+    + DeserializeOwned
+    + Debug
+    + Send
+    + Sync
+    + 'static
 {
 }
 impl<K> Namespaced for K where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug + Send + Sync + 'static
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + Debug
+        + Send
+        + Sync
+        + 'static
 {
 }
 
@@ -62,7 +74,11 @@ pub fn controller_reference<O: Resource<DynamicType = ()>>(owner: &O) -> OwnerRe
 }
 
 /// Resolves a controller reference: the object of that name, when it has the kind and UID.
-pub fn resolve<O: Object>(owners: &Informer<O>, namespace: &str, reference: &OwnerReference) -> Option<Arc<O>> {
+pub fn resolve<O: Object>(
+    owners: &Informer<O>,
+    namespace: &str,
+    reference: &OwnerReference,
+) -> Option<Arc<O>> {
     if reference.kind != O::kind(&()) {
         return None;
     }
@@ -145,7 +161,11 @@ async fn recheck<O: Namespaced>(client: &Client, owner: &O) -> Result<(), SyncEr
     let fresh = api.get(name(owner)).await?;
     let what = format!("{} {}/{}", O::kind(&()), namespace(owner), name(owner));
     if uid(&fresh) != uid(owner) {
-        return Err(SyncError::failed(format!("original {what} is gone: got uid {}, wanted {}", uid(&fresh), uid(owner))));
+        return Err(SyncError::failed(format!(
+            "original {what} is gone: got uid {}, wanted {}",
+            uid(&fresh),
+            uid(owner)
+        )));
     }
     match fresh.meta().deletion_timestamp {
         Some(_) => Err(SyncError::failed(format!("{what} has just been deleted"))),
@@ -174,7 +194,8 @@ pub async fn release<O: Namespaced, K: Namespaced>(
     object: &K,
     finalizer: Option<&str>,
 ) -> Result<(), kube::Error> {
-    let mut metadata = json!({"uid": uid(object), "ownerReferences": [{"$patch": "delete", "uid": uid(owner)}]});
+    let mut metadata =
+        json!({"uid": uid(object), "ownerReferences": [{"$patch": "delete", "uid": uid(owner)}]});
     if let Some(finalizer) = finalizer {
         metadata["$deleteFromPrimitiveList/finalizers"] = json!([finalizer]);
     }

@@ -21,7 +21,9 @@ use crate::controller_ref::{controller_reference, is_deleting, name, namespace, 
 use crate::endpoints::HEADLESS;
 use crate::expectations::Expectations;
 use crate::label_selector::{Labels, contains_all, labels_of};
-use crate::service_endpoints::{belongs, find_port, hostname_in, ips_of_family, is_headless, selector_of, touched};
+use crate::service_endpoints::{
+    belongs, find_port, hostname_in, ips_of_family, is_headless, selector_of, touched,
+};
 use crate::{Scope, api_error, pod_state};
 
 pub static DESCRIPTOR: Descriptor = Descriptor {
@@ -100,7 +102,11 @@ impl SliceWriter {
 }
 
 /// The slices that `controller` keeps for a service.
-pub(crate) fn slices_of(slices: &Informer<EndpointSlice>, key: &Key, controller: &str) -> Vec<Arc<EndpointSlice>> {
+pub(crate) fn slices_of(
+    slices: &Informer<EndpointSlice>,
+    key: &Key,
+    controller: &str,
+) -> Vec<Arc<EndpointSlice>> {
     let mut found = slices.list_in(&key.0);
     found.retain(|s| {
         let labels = labels_of(&s.metadata.labels);
@@ -122,7 +128,8 @@ impl EndpointSliceController {
         let me = this.clone();
         this.services.on_event(move |event| me.queue.add(key(&**event.object())));
         let me = this.clone();
-        this.pods.on_event(move |event| touched(&me.services, event).into_iter().for_each(|k| me.queue.add(k)));
+        this.pods
+            .on_event(move |event| touched(&me.services, event).into_iter().for_each(|k| me.queue.add(k)));
         let me = this.clone();
         this.slices.on_event(move |event| {
             if let Some(key) = me.writer.observed(event, CONTROLLER) {

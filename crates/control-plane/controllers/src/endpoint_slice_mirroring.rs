@@ -66,7 +66,8 @@ impl MirroringController {
     /// The Endpoints of that key, when they are to be mirrored.
     fn mirrored(&self, key: &Key) -> Option<Arc<Endpoints>> {
         let service = self.services.get(&key.0, &key.1).filter(|s| !is_deleting(&**s))?;
-        let has_selector = service.spec.as_ref().and_then(|s| s.selector.as_ref()).is_some_and(|s| !s.is_empty());
+        let has_selector =
+            service.spec.as_ref().and_then(|s| s.selector.as_ref()).is_some_and(|s| !s.is_empty());
         let endpoints = self.endpoints.get(&key.0, &key.1).filter(|e| !is_deleting(&**e))?;
         let skipped = labels_of(&endpoints.metadata.labels).get(SKIP_MIRROR).is_some_and(|v| v == "true");
         let is_lock = endpoints.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(LEADER));

@@ -18,7 +18,9 @@ use crate::controller::{Controller, Descriptor, Key, SyncResult, run};
 use crate::controller_ref::{name, namespace};
 use crate::events::EventRecorder;
 use crate::label_selector::{Labels, contains_all, labels_of};
-use crate::service_endpoints::{belongs, find_port, hostname_in, ips_of_family, is_headless, selector_of, touched};
+use crate::service_endpoints::{
+    belongs, find_port, hostname_in, ips_of_family, is_headless, selector_of, touched,
+};
 use crate::{Scope, api_error, pod_state};
 
 pub static DESCRIPTOR: Descriptor = Descriptor {
@@ -56,7 +58,8 @@ impl EndpointsController {
         let me = this.clone();
         this.services.on_event(move |event| me.queue.add(key(&**event.object())));
         let me = this.clone();
-        this.pods.on_event(move |event| touched(&me.services, event).into_iter().for_each(|k| me.queue.add(k)));
+        this.pods
+            .on_event(move |event| touched(&me.services, event).into_iter().for_each(|k| me.queue.add(k)));
         let me = this.clone();
         this.endpoints.on_event(move |event| {
             if matches!(event, Event::Deleted(_)) {
@@ -160,7 +163,9 @@ fn subsets(service: &Service, pods: &[Arc<Pod>]) -> Vec<EndpointSubset> {
 fn truncate(subsets: &mut [EndpointSubset]) -> bool {
     let total: usize = subsets
         .iter()
-        .map(|s| s.addresses.as_ref().map_or(0, Vec::len) + s.not_ready_addresses.as_ref().map_or(0, Vec::len))
+        .map(|s| {
+            s.addresses.as_ref().map_or(0, Vec::len) + s.not_ready_addresses.as_ref().map_or(0, Vec::len)
+        })
         .sum();
     if total <= MAX_ADDRESSES {
         return false;
@@ -224,7 +229,11 @@ impl Controller for EndpointsController {
         let truncated = truncate(&mut subsets);
         let current = self.endpoints.get(&key.0, &key.1);
         let mut wanted = current.as_deref().cloned().unwrap_or_else(|| Endpoints {
-            metadata: ObjectMeta { name: Some(key.1.clone()), namespace: Some(key.0.clone()), ..ObjectMeta::default() },
+            metadata: ObjectMeta {
+                name: Some(key.1.clone()),
+                namespace: Some(key.0.clone()),
+                ..ObjectMeta::default()
+            },
             subsets: None,
         });
         wanted.subsets = (!subsets.is_empty()).then_some(subsets);

@@ -49,7 +49,12 @@ impl EventRecorder {
         self.record(reference(about), NORMAL, reason, message.into());
     }
 
-    pub fn warning<K: Resource<DynamicType = ()>>(&self, about: &K, reason: &str, message: impl Into<String>) {
+    pub fn warning<K: Resource<DynamicType = ()>>(
+        &self,
+        about: &K,
+        reason: &str,
+        message: impl Into<String>,
+    ) {
         self.record(reference(about), WARNING, reason, message.into());
     }
 
@@ -110,7 +115,8 @@ async fn write(client: Client, component: &'static str, mut records: mpsc::Recei
         if let Some(known) = seen.get_mut(&key) {
             known.count += 1;
             known.used = clock::monotonic();
-            let patch = serde_json::json!({"count": known.count, "lastTimestamp": Time(clock::now_seconds())});
+            let patch =
+                serde_json::json!({"count": known.count, "lastTimestamp": Time(clock::now_seconds())});
             let name = known.name.clone();
             match api.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await {
                 Ok(_) => continue,

@@ -61,6 +61,43 @@ impl Expectations {
     }
 }
 
+/// The newest version of each object that a controller itself has written: reading an older one from the informer
+/// would undo or repeat what was just done. Upstream counterpart: pkg/controller/util/consistency.
+#[derive(Default)]
+pub struct OwnWrites(Mutex<HashMap<Key, (String, u64)>>);
+
+impl OwnWrites {
+    /// Remembers what the API answered to a write.
+    pub fn wrote<K: kube::Resource>(&self, object: &K) {
+        let meta = object.meta();
+        let version = meta.resource_version.as_deref().and_then(|v| v.parse().ok());
+        if let (Some(version), Some(uid)) = (version, meta.uid.clone()) {
+            self.0.lock().insert(sampan_client::informer::key(object), (uid, version));
+        }
+    }
+
+    /// Whether `object`, as the informer has it, is not older than the last write. When it is, the informer will
+    /// bring the newer one, and with it the next reconciliation.
+    pub fn observed<K: kube::Resource>(&self, object: &K) -> bool {
+        let mut writes = self.0.lock();
+        let key = sampan_client::informer::key(object);
+        let meta = object.meta();
+        let version: Option<u64> = meta.resource_version.as_deref().and_then(|v| v.parse().ok());
+        let behind = match (writes.get(&key), version) {
+            (Some((uid, wrote)), Some(version)) => meta.uid.as_ref() == Some(uid) && version < *wrote,
+            _ => false,
+        };
+        if !behind {
+            writes.remove(&key);
+        }
+        !behind
+    }
+
+    pub fn forget(&self, key: &Key) {
+        self.0.lock().remove(key);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -76,7 +76,8 @@ impl NamespaceController {
     fn pod_estimate(&self, object: &Namespace) -> i64 {
         let pods = self.pods.list_in(name(object));
         let running = pods.iter().filter(|p| !pod_state::is_terminal(p));
-        let grace = running.filter_map(|p| p.spec.as_ref()?.termination_grace_period_seconds).max().unwrap_or(0);
+        let grace =
+            running.filter_map(|p| p.spec.as_ref()?.termination_grace_period_seconds).max().unwrap_or(0);
         let deleted = object.metadata.deletion_timestamp.as_ref();
         let since = deleted.map_or(0, |t| clock::now().duration_since(t.0).as_secs());
         if since >= grace { 0 } else { grace }
@@ -116,7 +117,11 @@ impl NamespaceController {
     }
 
     /// The finalizers of each object that is left after the deletion.
-    async fn delete_and_list(&self, kind: &Discovered, namespace: &str) -> Result<Vec<Vec<String>>, kube::Error> {
+    async fn delete_and_list(
+        &self,
+        kind: &Discovered,
+        namespace: &str,
+    ) -> Result<Vec<Vec<String>>, kube::Error> {
         let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), namespace, &kind.resource);
         let can_list = kind.supports("list");
         if can_list && list(&api).await?.is_empty() {
@@ -125,7 +130,9 @@ impl NamespaceController {
         let background = DeleteParams::background();
         if kind.supports("deletecollection") {
             match api.delete_collection(&background, &ListParams::default()).await {
-                Err(e) if !api_error::is_not_found(&e) && !api_error::is_method_not_supported(&e) => return Err(e),
+                Err(e) if !api_error::is_not_found(&e) && !api_error::is_method_not_supported(&e) => {
+                    return Err(e);
+                }
                 _ => {}
             }
         } else if can_list {
@@ -175,13 +182,16 @@ impl NamespaceController {
 
 /// Names and finalizers of what there is, from a metadata-only list.
 async fn list(api: &Api<DynamicObject>) -> Result<Vec<(String, Vec<String>)>, kube::Error> {
-    let Some(list) = api_error::found(api.list_metadata(&ListParams::default()).await)? else { return Ok(Vec::new()) };
+    let Some(list) = api_error::found(api.list_metadata(&ListParams::default()).await)? else {
+        return Ok(Vec::new());
+    };
     let item = |m: kube::core::ObjectMeta| (m.name.unwrap_or_default(), m.finalizers.unwrap_or_default());
     Ok(list.items.into_iter().map(|o| item(o.metadata)).collect())
 }
 
 fn listed(counts: &BTreeMap<String, usize>, joint: &str) -> String {
-    let each: Vec<String> = counts.iter().map(|(what, n)| format!("{what} {joint} {n} resource instances")).collect();
+    let each: Vec<String> =
+        counts.iter().map(|(what, n)| format!("{what} {joint} {n} resource instances")).collect();
     each.join(", ")
 }
 
@@ -201,7 +211,8 @@ fn conditions(left: &Remaining) -> Vec<NamespaceCondition> {
     let mut errors = left.errors.clone();
     errors.sort();
     let failure = (!errors.is_empty()).then(|| {
-        let message = format!("Failed to delete all resource types, {} remaining: {}", errors.len(), errors.join(", "));
+        let message =
+            format!("Failed to delete all resource types, {} remaining: {}", errors.len(), errors.join(", "));
         ("ContentDeletionFailed", message)
     });
     let remaining = (!left.resources.is_empty()).then(|| {
@@ -244,10 +255,15 @@ fn apply_conditions(status: &mut NamespaceStatus, new: Vec<NamespaceCondition>) 
     for condition in new {
         match own.iter_mut().find(|c| c.type_ == condition.type_) {
             None => own.push(condition),
-            Some(old) if (&old.status, &old.reason, &old.message)
-                == (&condition.status, &condition.reason, &condition.message) => continue,
+            Some(old)
+                if (&old.status, &old.reason, &old.message)
+                    == (&condition.status, &condition.reason, &condition.message) =>
+            {
+                continue;
+            }
             Some(old) => {
-                let since = (old.status == condition.status).then(|| old.last_transition_time.clone()).flatten();
+                let since =
+                    (old.status == condition.status).then(|| old.last_transition_time.clone()).flatten();
                 *old = condition;
                 if since.is_some() {
                     old.last_transition_time = since;
@@ -295,7 +311,9 @@ impl Controller for NamespaceController {
         if apply_conditions(status, conditions(&left)) {
             match api.replace_status(&key, &PostParams::default(), &object).await {
                 Ok(updated) => object = updated,
-                Err(error) => tracing::debug!(namespace = key, %error, "cannot update the namespace's conditions"),
+                Err(error) => {
+                    tracing::debug!(namespace = key, %error, "cannot update the namespace's conditions")
+                }
             }
         }
         if let Some(error) = left.discovery_error.or_else(|| left.errors.first().cloned()) {

@@ -14,7 +14,8 @@ pub fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
     if !effect.is_empty() && effect != taint.effect || !key.is_empty() && key != taint.key {
         return false;
     }
-    let (wanted, value) = (toleration.value.as_deref().unwrap_or_default(), taint.value.as_deref().unwrap_or_default());
+    let (wanted, value) =
+        (toleration.value.as_deref().unwrap_or_default(), taint.value.as_deref().unwrap_or_default());
     match toleration.operator.as_deref().unwrap_or_default() {
         "" | "Equal" => !key.is_empty() && wanted == value,
         "Exists" => true,
@@ -64,7 +65,8 @@ fn term_matches(term: &NodeSelectorTerm, node: &Node) -> bool {
 
 /// The node selector and the required node affinity.
 pub fn matches_affinity(spec: &PodSpec, node: &Node) -> bool {
-    let selected = spec.node_selector.as_ref().is_none_or(|s| contains_all(s, labels_of(&node.metadata.labels)));
+    let selected =
+        spec.node_selector.as_ref().is_none_or(|s| contains_all(s, labels_of(&node.metadata.labels)));
     let affinity = spec.affinity.as_ref().and_then(|a| a.node_affinity.as_ref());
     let required = affinity.and_then(|a| a.required_during_scheduling_ignored_during_execution.as_ref());
     selected && required.is_none_or(|r| r.node_selector_terms.iter().any(|t| term_matches(t, node)))
@@ -98,6 +100,8 @@ mod tests {
         let ok = toleration(json!({"key": "k", "value": "v", "effect": "NoSchedule"}));
         assert!(untolerated(&node, &ok, &["NoSchedule"]).is_none());
         assert!(untolerated(&node, &toleration(json!({"operator": "Exists"})), &["NoSchedule"]).is_none());
-        assert!(untolerated(&node, &toleration(json!({"key": "k", "value": "x"})), &["NoSchedule"]).is_some());
+        assert!(
+            untolerated(&node, &toleration(json!({"key": "k", "value": "x"})), &["NoSchedule"]).is_some()
+        );
     }
 }

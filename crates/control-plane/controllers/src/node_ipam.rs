@@ -13,10 +13,10 @@ use parking_lot::Mutex;
 use sampan_client::{Event, Informer, WorkQueue};
 use serde_json::json;
 
+use crate::Scope;
 use crate::controller::{Controller, Descriptor, SyncError, SyncResult, run};
 use crate::controller_ref::{is_deleting, name};
 use crate::events::EventRecorder;
-use crate::Scope;
 
 pub static DESCRIPTOR: Descriptor = Descriptor {
     name: "node-ipam-controller",
@@ -116,7 +116,8 @@ impl NodeIpamController {
             true => scope.options.node_cidr_mask_v4,
             false => scope.options.node_cidr_mask_v6,
         };
-        let clusters = parse(&scope.options.cluster_cidr).into_iter().map(|c| (c, mask(&c).max(c.prefix))).collect();
+        let clusters =
+            parse(&scope.options.cluster_cidr).into_iter().map(|c| (c, mask(&c).max(c.prefix))).collect();
         let this = Arc::new(Self {
             client: scope.client.clone(),
             events: scope.events.clone(),
@@ -183,7 +184,11 @@ impl Controller for NodeIpamController {
             return Ok(());
         }
         let Some(ranges) = self.reserve(&key) else {
-            self.events.normal(&*node, "CIDRNotAvailable", format!("Node {key} status is now: CIDRNotAvailable"));
+            self.events.normal(
+                &*node,
+                "CIDRNotAvailable",
+                format!("Node {key} status is now: CIDRNotAvailable"),
+            );
             return Err(SyncError::failed(format!("no free pod CIDR for node {key}")));
         };
         let ranges: Vec<String> = ranges.iter().map(Cidr::to_string).collect();

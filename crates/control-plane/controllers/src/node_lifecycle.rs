@@ -42,8 +42,15 @@ const PID_PRESSURE: &str = "node.kubernetes.io/pid-pressure";
 const NETWORK_UNAVAILABLE: &str = "node.kubernetes.io/network-unavailable";
 const UNSCHEDULABLE: &str = "node.kubernetes.io/unschedulable";
 /// Taints of effect NoSchedule that this controller alone keeps.
-const CONDITION_TAINTS: [&str; 7] =
-    [NOT_READY, UNREACHABLE, MEMORY_PRESSURE, DISK_PRESSURE, PID_PRESSURE, NETWORK_UNAVAILABLE, UNSCHEDULABLE];
+const CONDITION_TAINTS: [&str; 7] = [
+    NOT_READY,
+    UNREACHABLE,
+    MEMORY_PRESSURE,
+    DISK_PRESSURE,
+    PID_PRESSURE,
+    NETWORK_UNAVAILABLE,
+    UNSCHEDULABLE,
+];
 const REPORTED: [&str; 4] = ["Ready", "MemoryPressure", "DiskPressure", "PIDPressure"];
 const UNHEALTHY_SHARE: f64 = 0.55;
 const LEASES: &str = "kube-node-lease";
@@ -90,7 +97,11 @@ impl NodeLifecycleController {
         match event {
             Event::Added(new) => {
                 self.hear(&node);
-                self.events.normal(&***new, "RegisteredNode", format!("Node {node} event: Registered Node {node} in Controller"));
+                self.events.normal(
+                    &***new,
+                    "RegisteredNode",
+                    format!("Node {node} event: Registered Node {node} in Controller"),
+                );
                 self.wake_all();
             }
             Event::Updated { old, new } => {
@@ -105,7 +116,11 @@ impl NodeLifecycleController {
             }
             Event::Deleted(old) => {
                 self.heard.lock().remove(&node);
-                self.events.normal(&***old, "RemovingNode", format!("Node {node} event: Removing Node {node} from Controller"));
+                self.events.normal(
+                    &***old,
+                    "RemovingNode",
+                    format!("Node {node} event: Removing Node {node} from Controller"),
+                );
                 self.wake_all();
             }
         }
@@ -181,7 +196,8 @@ impl NodeLifecycleController {
             let condition = json!({"type": "Ready", "status": "False", "lastTransitionTime": now});
             let patch = json!({"metadata": {"uid": uid(&*pod)}, "status": {"conditions": [condition]}});
             let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace(&*pod));
-            let patched = api.patch_status(name(&*pod), &PatchParams::default(), &Patch::Strategic(&patch)).await;
+            let patched =
+                api.patch_status(name(&*pod), &PatchParams::default(), &Patch::Strategic(&patch)).await;
             match patched {
                 Err(e) if !api_error::is_not_found(&e) && !api_error::is_conflict(&e) => return Err(e.into()),
                 _ => self.events.warning(&*pod, "NodeNotReady", "Node is not ready"),
@@ -299,12 +315,22 @@ fn wanted_taints(node: &Node, health: Health, now: &Time) -> Option<Vec<Taint>> 
     };
     let mut taints: Vec<Taint> = current.iter().filter(|t| keep(t)).cloned().collect();
     for key in no_schedule.into_iter().filter(|k| !has(k, "NoSchedule")) {
-        taints.push(Taint { key: key.into(), effect: "NoSchedule".into(), value: None, time_added: Some(now.clone()) });
+        taints.push(Taint {
+            key: key.into(),
+            effect: "NoSchedule".into(),
+            value: None,
+            time_added: Some(now.clone()),
+        });
     }
     if let Some(key) = no_execute.filter(|k| !has(k, "NoExecute"))
         && (health == Health::Normal || evicts)
     {
-        taints.push(Taint { key: key.into(), effect: "NoExecute".into(), value: None, time_added: Some(now.clone()) });
+        taints.push(Taint {
+            key: key.into(),
+            effect: "NoExecute".into(),
+            value: None,
+            time_added: Some(now.clone()),
+        });
     }
     (taints != current).then_some(taints)
 }
@@ -402,7 +428,8 @@ mod tests {
 
     #[test]
     fn many_silent_nodes_stop_eviction() {
-        let cases = [(1, 0, Health::Normal), (0, 1, Health::None), (1, 2, Health::Normal), (2, 3, Health::Partial)];
+        let cases =
+            [(1, 0, Health::Normal), (0, 1, Health::None), (1, 2, Health::Normal), (2, 3, Health::Partial)];
         for (ready, not_ready, expected) in cases {
             assert_eq!(health(ready, not_ready), expected, "{ready} {not_ready}");
         }

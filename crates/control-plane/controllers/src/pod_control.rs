@@ -56,7 +56,11 @@ impl PodControl {
             }
             Err(e) => {
                 if !api_error::is_not_found(&e) {
-                    self.events.warning(owner, "FailedDelete", format!("Error deleting: {}", api_error::message(&e)));
+                    self.events.warning(
+                        owner,
+                        "FailedDelete",
+                        format!("Error deleting: {}", api_error::message(&e)),
+                    );
                 }
                 Err(e)
             }

@@ -47,7 +47,9 @@ fn ready_since(pod: &Pod) -> Option<Timestamp> {
 
 /// Ready for at least `min_ready_seconds`.
 pub fn is_available(pod: &Pod, min_ready_seconds: i32, now: Timestamp) -> bool {
-    is_ready(pod) && (min_ready_seconds <= 0 || ready_since(pod).is_some_and(|t| left(t, min_ready_seconds, now).is_none()))
+    is_ready(pod)
+        && (min_ready_seconds <= 0
+            || ready_since(pod).is_some_and(|t| left(t, min_ready_seconds, now).is_none()))
 }
 
 fn left(since: Timestamp, seconds: i32, now: Timestamp) -> Option<Duration> {
@@ -77,7 +79,10 @@ fn phase_rank(pod: &Pod) -> u8 {
 
 pub fn deletion_cost(pod: &Pod) -> i32 {
     let annotations = pod.metadata.annotations.as_ref();
-    annotations.and_then(|a| a.get("controller.kubernetes.io/pod-deletion-cost")).and_then(|c| c.parse().ok()).unwrap_or(0)
+    annotations
+        .and_then(|a| a.get("controller.kubernetes.io/pod-deletion-cost"))
+        .and_then(|c| c.parse().ok())
+        .unwrap_or(0)
 }
 
 /// The most restarts of a regular container and of a sidecar.
@@ -88,7 +93,8 @@ fn max_restarts(pod: &Pod) -> (i32, i32) {
     let sidecars: Vec<&str> =
         init.filter(|c| c.restart_policy.as_deref() == Some("Always")).map(|c| c.name.as_str()).collect();
     let statuses = status.init_container_statuses.iter().flatten();
-    let sidecar = statuses.filter(|c| sidecars.contains(&c.name.as_str())).map(|c| c.restart_count).max().unwrap_or(0);
+    let sidecar =
+        statuses.filter(|c| sidecars.contains(&c.name.as_str())).map(|c| c.restart_count).max().unwrap_or(0);
     (regular, sidecar)
 }
 
@@ -105,7 +111,9 @@ fn newer_first(a: &Pod, b: &Pod, times: (Option<Timestamp>, Option<Timestamp>), 
         (None, _) => Ordering::Less,
         (_, None) => Ordering::Greater,
         (Some(x), Some(y)) if x == y => Ordering::Equal,
-        (Some(x), Some(y)) => age_rank(x, now).cmp(&age_rank(y, now)).then_with(|| a.metadata.uid.cmp(&b.metadata.uid)),
+        (Some(x), Some(y)) => {
+            age_rank(x, now).cmp(&age_rank(y, now)).then_with(|| a.metadata.uid.cmp(&b.metadata.uid))
+        }
     }
 }
 

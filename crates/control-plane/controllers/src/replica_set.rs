@@ -10,19 +10,23 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{ReplicaSet, ReplicaSetCondition, ReplicaSetStatus};
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
+use kube::Api;
 use kube::api::PostParams;
 use kube::core::{Selector, SelectorExt};
-use kube::Api;
 use sampan_client::informer::{controller_of, key};
 use sampan_client::{Event, Informer, WorkQueue};
 use sampan_world::clock;
 use serde::Serialize;
 
 use crate::controller::{Controller, Descriptor, Key, SyncError, SyncResult, run};
-use crate::controller_ref::{self, Namespaced, is_controlled_by, is_deleting, name, namespace, owned_and_orphans, uid};
+use crate::controller_ref::{
+    self, Namespaced, is_controlled_by, is_deleting, name, namespace, owned_and_orphans, uid,
+};
 use crate::expectations::Expectations;
 use crate::label_selector::{contains_all, labels_of, selector};
-use crate::pod_control::{BURST_REPLICAS, PodControl, SLOW_START_INITIAL_BATCH, pod_from_template, slow_start_batch};
+use crate::pod_control::{
+    BURST_REPLICAS, PodControl, SLOW_START_INITIAL_BATCH, pod_from_template, slow_start_batch,
+};
 use crate::{Scope, api_error, pod_state};
 
 pub static DESCRIPTOR: Descriptor = Descriptor {
@@ -222,7 +226,9 @@ impl<K: Replicated> ReplicaController<K> {
     async fn write_status(&self, owner: &K, mut status: ReplicaSetStatus) -> Result<(), SyncError> {
         let generation = owner.meta().generation;
         let current = owner.status();
-        if same_counts(&current, &status) && current.observed_generation.unwrap_or(0) == generation.unwrap_or(0) {
+        if same_counts(&current, &status)
+            && current.observed_generation.unwrap_or(0) == generation.unwrap_or(0)
+        {
             return Ok(());
         }
         status.observed_generation = generation;
@@ -265,9 +271,9 @@ impl<K: Replicated> Controller for ReplicaController<K> {
         let may_manage = self.expectations.satisfied(&key);
         let matches = |pod: &Pod| selector.matches(labels_of(&pod.metadata.labels));
         let all = owned_and_orphans(&self.pods, &key.0, uid(&*owner));
-        let terminating = all.iter().filter(|p| {
-            pod_state::is_terminating(p) && is_controlled_by(&***p, &*owner) && matches(p)
-        });
+        let terminating = all
+            .iter()
+            .filter(|p| pod_state::is_terminating(p) && is_controlled_by(&***p, &*owner) && matches(p));
         let terminating = terminating.count() as i32;
         let active = all.into_iter().filter(|p| pod_state::is_active(p)).collect();
         let active = controller_ref::claim(&self.control.client, &*owner, active, None, matches).await?;
@@ -313,7 +319,13 @@ fn some(n: i32) -> Option<i32> {
 fn same_counts(a: &ReplicaSetStatus, b: &ReplicaSetStatus) -> bool {
     let counts = |s: &ReplicaSetStatus| {
         let n = |v: Option<i32>| v.unwrap_or(0);
-        (s.replicas, n(s.fully_labeled_replicas), n(s.ready_replicas), n(s.available_replicas), s.terminating_replicas)
+        (
+            s.replicas,
+            n(s.fully_labeled_replicas),
+            n(s.ready_replicas),
+            n(s.available_replicas),
+            s.terminating_replicas,
+        )
     };
     let conditions = |s: &ReplicaSetStatus| s.conditions.clone().unwrap_or_default();
     counts(a) == counts(b) && conditions(a) == conditions(b)
@@ -376,14 +388,21 @@ mod tests {
 
     #[test]
     fn status_counts_and_tells_of_failure() {
-        let pods = [Arc::new(test_pod("a", "Running", "n", true)), Arc::new(test_pod("b", "Running", "n", false))];
+        let pods =
+            [Arc::new(test_pod("a", "Running", "n", true)), Arc::new(test_pod("b", "Running", "n", false))];
         let now = "2026-01-02T00:00:00Z".parse().unwrap();
         let failure = SyncError::failed("quota");
         let status = calculate_status(&replica_set(3), &pods, 1, Some(&failure), now);
-        assert_eq!((status.replicas, status.ready_replicas, status.terminating_replicas), (2, Some(1), Some(1)));
+        assert_eq!(
+            (status.replicas, status.ready_replicas, status.terminating_replicas),
+            (2, Some(1), Some(1))
+        );
         assert_eq!(status.fully_labeled_replicas, Some(2));
         let condition = &status.conditions.as_ref().unwrap()[0];
-        assert_eq!((condition.reason.as_deref(), condition.message.as_deref()), (Some("FailedCreate"), Some("quota")));
+        assert_eq!(
+            (condition.reason.as_deref(), condition.message.as_deref()),
+            (Some("FailedCreate"), Some("quota"))
+        );
         let mut healed = replica_set(3);
         healed.set_status(status);
         assert_eq!(calculate_status(&healed, &pods, 0, None, now).conditions, None);

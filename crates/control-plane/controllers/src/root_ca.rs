@@ -90,7 +90,9 @@ impl Controller for RootCaController {
                 ..ConfigMap::default()
             };
             return match api.create(&PostParams::default(), &map).await {
-                Err(e) if api_error::is_namespace_terminating(&e) || api_error::is_already_exists(&e) => Ok(()),
+                Err(e) if api_error::is_namespace_terminating(&e) || api_error::is_already_exists(&e) => {
+                    Ok(())
+                }
                 Err(e) => Err(e.into()),
                 Ok(_) => Ok(()),
             };

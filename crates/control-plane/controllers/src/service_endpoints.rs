@@ -25,7 +25,11 @@ fn ips(pod: &Pod) -> Vec<&str> {
 
 /// The pod's addresses of one family.
 pub fn ips_of_family(pod: &Pod, is_v6: bool) -> Vec<String> {
-    ips(pod).into_iter().filter(|ip| !ip.is_empty() && ip.contains(':') == is_v6).map(str::to_string).collect()
+    ips(pod)
+        .into_iter()
+        .filter(|ip| !ip.is_empty() && ip.contains(':') == is_v6)
+        .map(str::to_string)
+        .collect()
 }
 
 fn dns_name(pod: &Pod) -> (Option<&str>, Option<&str>) {
@@ -56,7 +60,9 @@ pub fn find_port(pod: &Pod, port: &ServicePort) -> Option<i32> {
             let sidecars = sidecars.filter(|c| c.restart_policy.as_deref() == Some("Always"));
             let protocol = port.protocol.as_deref().unwrap_or("TCP");
             let mut ports = spec.containers.iter().chain(sidecars).flat_map(|c| c.ports.iter().flatten());
-            let same = ports.find(|p| p.name.as_ref() == Some(wanted) && p.protocol.as_deref().unwrap_or("TCP") == protocol);
+            let same = ports.find(|p| {
+                p.name.as_ref() == Some(wanted) && p.protocol.as_deref().unwrap_or("TCP") == protocol
+            });
             same.map(|p| p.container_port)
         }
     }
@@ -77,7 +83,8 @@ pub fn touched(services: &Informer<Service>, event: &Event<'_, Pod>) -> Vec<Key>
         }
         labels.push(labels_of(&old.metadata.labels));
     }
-    let selects = |s: &Service| selector_of(s).is_some_and(|wanted| labels.iter().any(|l| contains_all(wanted, l)));
+    let selects =
+        |s: &Service| selector_of(s).is_some_and(|wanted| labels.iter().any(|l| contains_all(wanted, l)));
     services.list_in(namespace(&**pod)).iter().filter(|s| selects(s)).map(|s| key(&**s)).collect()
 }
 

@@ -125,8 +125,13 @@ impl TaintEvictionController {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace(pod));
         let target = pod_state::condition(pod, "DisruptionTarget").is_some_and(|c| c.status == "True");
         if !target {
-            let patch = disruption_target("DeletionByTaintManager", "Taint manager: deleting due to NoExecute taint", pod);
-            let patched = api.patch_status(name(pod), &PatchParams::default(), &Patch::Strategic(&patch)).await;
+            let patch = disruption_target(
+                "DeletionByTaintManager",
+                "Taint manager: deleting due to NoExecute taint",
+                pod,
+            );
+            let patched =
+                api.patch_status(name(pod), &PatchParams::default(), &Patch::Strategic(&patch)).await;
             if api_error::found(patched)?.is_none() {
                 return Ok(());
             }

@@ -216,7 +216,10 @@ mod tests {
     fn assumed_pods_count_until_confirmed_or_forgotten() {
         let (cache, mut snapshot) = (Cache::default(), Snapshot::default());
         cache.put_node(node("n", json!({})).into());
-        let waiting = pod("p", json!({"spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": "1"}}}]}}));
+        let waiting = pod(
+            "p",
+            json!({"spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": "1"}}}]}}),
+        );
         assert!(cache.assume(&waiting, "n"));
         assert!(!cache.assume(&waiting, "n"));
         cache.update(&mut snapshot);

@@ -40,28 +40,28 @@ pub trait Plugin: Send + Sync {
         false
     }
 
-    fn pre_enqueue(&self) -> Option<&dyn PreEnqueue> {
+    fn as_pre_enqueue(&self) -> Option<&dyn PreEnqueue> {
         None
     }
-    fn pre_filter(&self) -> Option<&dyn PreFilter> {
+    fn as_pre_filter(&self) -> Option<&dyn PreFilter> {
         None
     }
-    fn filter(&self) -> Option<&dyn Filter> {
+    fn as_filter(&self) -> Option<&dyn Filter> {
         None
     }
-    fn post_filter(&self) -> Option<&dyn PostFilter> {
+    fn as_post_filter(&self) -> Option<&dyn PostFilter> {
         None
     }
-    fn pre_score(&self) -> Option<&dyn PreScore> {
+    fn as_pre_score(&self) -> Option<&dyn PreScore> {
         None
     }
-    fn score(&self) -> Option<&dyn Score> {
+    fn as_score(&self) -> Option<&dyn Score> {
         None
     }
-    fn reserve(&self) -> Option<&dyn Reserve> {
+    fn as_reserve(&self) -> Option<&dyn Reserve> {
         None
     }
-    fn bind(&self) -> Option<&dyn Bind> {
+    fn as_bind(&self) -> Option<&dyn Bind> {
         None
     }
 }
@@ -74,7 +74,12 @@ pub trait PreEnqueue: Send + Sync {
 /// Looks at the pod once a cycle, before nodes are filtered.
 pub trait PreFilter: Send + Sync {
     /// `Skip` leaves the plugin's Filter out; the names narrow the nodes that are looked at.
-    fn pre_filter(&self, cx: &Cycle<'_>, state: &mut CycleState, pod: &PodInfo) -> (Verdict, Option<NodeNames>);
+    fn pre_filter(
+        &self,
+        cx: &Cycle<'_>,
+        state: &mut CycleState,
+        pod: &PodInfo,
+    ) -> (Verdict, Option<NodeNames>);
     /// Changes what was computed as if `added` ran on `node`.
     fn add_pod(&self, _state: &mut CycleState, _pod: &PodInfo, _added: &PodInfo, _node: &NodeInfo) {}
     /// Changes what was computed as if `removed` no longer ran on `node`.
@@ -88,7 +93,12 @@ pub trait Filter: Send + Sync {
 
 /// Tries to make room for a pod that fits nowhere.
 pub trait PostFilter: Send + Sync {
-    fn post_filter(&self, cx: &PostFilterCycle<'_>, state: &CycleState, pod: &Arc<PodInfo>) -> PostFilterResult;
+    fn post_filter(
+        &self,
+        cx: &PostFilterCycle<'_>,
+        state: &CycleState,
+        pod: &Arc<PodInfo>,
+    ) -> PostFilterResult;
 }
 
 /// Prepares scoring; `Skip` leaves the plugin's Score out.
@@ -230,7 +240,7 @@ pub struct Rejection {
 
 impl Framework {
     pub fn new(plugins: Vec<(Box<dyn Plugin>, i64)>) -> Self {
-        let filters = (0..plugins.len()).filter(|i| plugins[*i].0.filter().is_some()).collect();
+        let filters = (0..plugins.len()).filter(|i| plugins[*i].0.as_filter().is_some()).collect();
         Self { plugins, filters }
     }
 
@@ -241,7 +251,7 @@ impl Framework {
     /// The first plugin that keeps the pod out of the active queue.
     pub fn pre_enqueue(&self, pod: &PodInfo) -> Option<Rejection> {
         self.plugins.iter().enumerate().find_map(|(plugin, (p, _))| {
-            let verdict = p.pre_enqueue()?.pre_enqueue(pod);
+            let verdict = p.as_pre_enqueue()?.pre_enqueue(pod);
             (!verdict.is_success()).then_some(Rejection { plugin, verdict })
         })
     }
@@ -262,7 +272,7 @@ impl Framework {
         let mut namers: Vec<&'static str> = Vec::new();
         let mut rejected: Option<Rejection> = None;
         for (plugin, (p, _)) in self.plugins.iter().enumerate() {
-            let Some(point) = p.pre_filter() else { continue };
+            let Some(point) = p.as_pre_filter() else { continue };
             let (verdict, only) = point.pre_filter(cx, state, pod);
             match verdict {
                 Verdict::Skip => {
@@ -305,7 +315,7 @@ impl Framework {
             if state.skip_filter.contains(plugin) {
                 continue;
             }
-            let verdict = match self.plugins[plugin].0.filter() {
+            let verdict = match self.plugins[plugin].0.as_filter() {
                 Some(point) => point.filter(state, pod, node),
                 None => continue,
             };
@@ -342,7 +352,7 @@ impl Framework {
 
     pub fn add_pod(&self, state: &mut CycleState, pod: &PodInfo, added: &PodInfo, node: &NodeInfo) {
         for (plugin, (p, _)) in self.plugins.iter().enumerate() {
-            if let Some(point) = p.pre_filter().filter(|_| !state.skip_filter.contains(plugin)) {
+            if let Some(point) = p.as_pre_filter().filter(|_| !state.skip_filter.contains(plugin)) {
                 point.add_pod(state, pod, added, node);
             }
         }
@@ -350,18 +360,23 @@ impl Framework {
 
     pub fn remove_pod(&self, state: &mut CycleState, pod: &PodInfo, removed: &PodInfo, node: &NodeInfo) {
         for (plugin, (p, _)) in self.plugins.iter().enumerate() {
-            if let Some(point) = p.pre_filter().filter(|_| !state.skip_filter.contains(plugin)) {
+            if let Some(point) = p.as_pre_filter().filter(|_| !state.skip_filter.contains(plugin)) {
                 point.remove_pod(state, pod, removed, node);
             }
         }
     }
 
     /// The first plugin's success, or all that the plugins said.
-    pub fn post_filter(&self, cx: &PostFilterCycle<'_>, state: &CycleState, pod: &Arc<PodInfo>) -> PostFilterResult {
+    pub fn post_filter(
+        &self,
+        cx: &PostFilterCycle<'_>,
+        state: &CycleState,
+        pod: &Arc<PodInfo>,
+    ) -> PostFilterResult {
         let mut reasons = Vec::new();
         let mut nominated = None;
         for (plugin, _) in &self.plugins {
-            let Some(point) = plugin.post_filter() else { continue };
+            let Some(point) = plugin.as_post_filter() else { continue };
             let result = point.post_filter(cx, state, pod);
             if result.verdict.is_success() {
                 return result;
@@ -381,7 +396,7 @@ impl Framework {
         nodes: &[Arc<NodeInfo>],
     ) -> Result<Vec<i64>, Verdict> {
         for (plugin, (p, _)) in self.plugins.iter().enumerate() {
-            let Some(point) = p.pre_score() else { continue };
+            let Some(point) = p.as_pre_score() else { continue };
             match point.pre_score(cx, state, pod, nodes) {
                 Verdict::Success => {}
                 Verdict::Skip => state.skip_score.insert(plugin),
@@ -391,7 +406,7 @@ impl Framework {
         let mut sums = vec![0; nodes.len()];
         let mut scores = Vec::with_capacity(nodes.len());
         for (plugin, (p, weight)) in self.plugins.iter().enumerate() {
-            let Some(point) = p.score().filter(|_| !state.skip_score.contains(plugin)) else { continue };
+            let Some(point) = p.as_score().filter(|_| !state.skip_score.contains(plugin)) else { continue };
             scores.clear();
             scores.extend(nodes.iter().map(|node| point.score(state, pod, node)));
             point.normalize(state, &mut scores, nodes);
@@ -402,7 +417,7 @@ impl Framework {
 
     pub fn reserve(&self, state: &mut CycleState, pod: &PodInfo, node: &str) -> Option<Rejection> {
         for (plugin, (p, _)) in self.plugins.iter().enumerate() {
-            let Some(point) = p.reserve() else { continue };
+            let Some(point) = p.as_reserve() else { continue };
             let verdict = point.reserve(state, pod, node);
             if !verdict.is_success() {
                 self.unreserve(pod, node);
@@ -414,7 +429,7 @@ impl Framework {
 
     pub fn unreserve(&self, pod: &PodInfo, node: &str) {
         for (plugin, _) in self.plugins.iter().rev() {
-            if let Some(point) = plugin.reserve() {
+            if let Some(point) = plugin.as_reserve() {
                 point.unreserve(pod, node);
             }
         }
@@ -422,7 +437,7 @@ impl Framework {
 
     pub async fn bind(&self, pod: &PodInfo, node: &str) -> Verdict {
         for (plugin, _) in &self.plugins {
-            let Some(point) = plugin.bind() else { continue };
+            let Some(point) = plugin.as_bind() else { continue };
             match point.bind(pod, node).await {
                 Verdict::Skip => {}
                 verdict => return verdict,

@@ -1,29 +1,31 @@
 //! The scheduler: decides which node each pod runs on.
-use std::sync::Arc;
+//!
+//! Upstream counterpart: pkg/scheduler. The framework's extension points are small traits ([`framework`]), plugins are
+//! one file each behind a list ([`plugins`]). The loop takes one pod at a time from the [`queue`], looks at a
+//! [`framework::snapshot`] of the [`cache`], and binds beside it. Nothing runs on a timer while no pod waits.
+//!
+//! Deliberate differences: an own plugin, ImagePlatform, sends pods only where their images run; there is one profile,
+//! no extenders, no pod groups, no dynamic resources; volumes are not bound here; filtering is done by one thread.
+pub mod cache;
+mod event_handlers;
+mod event_recorder;
+pub mod framework;
+pub mod platforms;
+pub mod plugins;
+mod preemptor;
+pub mod queue;
+mod schedule_one;
+mod scheduler;
+mod sources;
+mod status_writer;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod writes;
 
 pub use platforms::{ImageQuery, Platforms};
+pub use scheduler::Scheduler;
 
-mod platforms;
-
-/// The default scheduler.
-pub struct Scheduler {
-    client: kube::Client,
-    informers: sampan_client::Informers,
-    platforms: Option<Arc<dyn Platforms>>,
-}
-
-impl Scheduler {
-    pub fn new(
-        client: kube::Client,
-        informers: sampan_client::Informers,
-        platforms: Option<Arc<dyn Platforms>>,
-    ) -> Self {
-        Self { client, informers, platforms }
-    }
-
-    /// Schedules pods until dropped.
-    pub async fn run(self) {
-        let _kept = (self.client, self.informers, self.platforms);
-        std::future::pending::<()>().await;
-    }
-}
+/// The name pods ask for this scheduler by, and what its events come from.
+pub const SCHEDULER_NAME: &str = "default-scheduler";

@@ -1,6 +1,7 @@
 //! Labs as a whole: up, down, stop, start, cut, heal, exec.
 use std::fs;
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -134,10 +135,14 @@ impl Lab {
 
     fn start_forwarder(&mut self, hub: i32) -> Result<(), LabError> {
         let address = format!("{}:6443", self.state.nodes[0].ip);
+        let log = self.state.folder().join("forward.log");
         let mut child = this_program()?
             .args(["lab-forward", &self.state.api_port.to_string(), &hub.to_string(), &address])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
+            // it outlives this command, so it must not hold its stderr
+            .stderr(fs::File::create(&log).map_err(LabError::file(log.clone()))?)
+            .process_group(0)
             .spawn()
             .map_err(LabError::os("starting the forwarder"))?;
         self.state.forward = i32::try_from(child.id()).ok().and_then(Process::find);

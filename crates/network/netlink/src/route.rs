@@ -2,9 +2,10 @@
 //! vxlan backends do through vishvananda/netlink.
 //!
 //! What stays true: adding what is there and deleting what is not are no errors.
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use crate::Cidr;
 use crate::message::{CREATE, EXCLUSIVE, Message, REPLACE, Received, attribute, u32_at};
 use crate::socket::{Error, Socket};
 
@@ -57,7 +58,8 @@ pub struct Link {
 impl Link {
     /// From a message about a link.
     pub fn read(message: Received<'_>) -> Option<Self> {
-        let attributes = message.payload.get(16..).filter(|_| message.kind == NEWLINK || message.kind == DELLINK)?;
+        let attributes =
+            message.payload.get(16..).filter(|_| message.kind == NEWLINK || message.kind == DELLINK)?;
         let name = attribute(attributes, IFLA_IFNAME)?.split(|b| *b == 0).next()?;
         Some(Self {
             index: u32_at(message.payload, 4)?,
@@ -100,7 +102,7 @@ fn unless_missing(result: Result<(), Error>) -> Result<(), Error> {
     result.or_else(|e| if e.is_missing() { Ok(()) } else { Err(e) })
 }
 
-/// A pair of virtual interfaces, both up from the start.
+/// A pair of virtual interfaces; this namespace's end is up from the start.
 pub struct Veth<'a> {
     pub name: &'a str,
     pub mac: Mac,
@@ -126,7 +128,18 @@ pub struct Route {
     pub to: IpAddr,
     pub prefix_bits: u8,
     pub via: Option<IpAddr>,
+    /// 0 for a route that leads nowhere: senders are told that the host is unreachable.
     pub link: u32,
+    /// What the machine itself sends from on this route.
+    pub source: Option<IpAddr>,
+}
+
+impl Route {
+    /// The route of a range that nothing is in unless another route says so.
+    pub fn nowhere(range: Cidr) -> Self {
+        let to = range.network().into();
+        Self { to, prefix_bits: range.prefix_bits, via: None, link: 0, source: None }
+    }
 }
 
 /// A link-layer address known without asking for it.
@@ -159,7 +172,8 @@ impl Socket {
         message.nest(IFLA_LINKINFO, |m| {
             m.put_str(IFLA_INFO_KIND, "veth").nest(IFLA_INFO_DATA, |m| {
                 m.nest(VETH_INFO_PEER, |m| {
-                    m.raw(&link_header(0, true)).put_str(IFLA_IFNAME, veth.peer_name);
+                    // the kernel cannot make this end up: its other end is not there yet
+                    m.raw(&link_header(0, false)).put_str(IFLA_IFNAME, veth.peer_name);
                     m.put(IFLA_ADDRESS, &veth.peer_mac).put_u32(IFLA_MTU, veth.mtu);
                     m.put(IFLA_NET_NS_FD, &veth.peer_namespace.as_raw_fd().to_ne_bytes());
                 });
@@ -194,10 +208,19 @@ impl Socket {
         unless_missing(self.request("deleting a link", &Message::new(DELLINK, 0, &link_header(index, false))))
     }
 
-    fn address(&mut self, kind: u16, flags: u16, link: u32, ip: IpAddr, prefix_bits: u8) -> Result<(), Error> {
+    fn address(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        link: u32,
+        ip: IpAddr,
+        prefix_bits: u8,
+    ) -> Result<(), Error> {
         const LOCAL: u16 = 2;
         const ADDRESS: u16 = 1;
-        let mut header = [family(ip), prefix_bits, 0, 0, 0, 0, 0, 0];
+        // of scope host on lo, so that it never becomes the source of what goes out elsewhere
+        let scope = if link == LOOPBACK { 254 } else { 0 };
+        let mut header = [family(ip), prefix_bits, 0, scope, 0, 0, 0, 0];
         header[4..8].copy_from_slice(&link.to_ne_bytes());
         let mut message = Message::new(kind, flags, &header);
         message.put(LOCAL, &octets(ip)).put(ADDRESS, &octets(ip));
@@ -223,16 +246,19 @@ impl Socket {
         })
     }
 
-    fn route_message(kind: u16, flags: u16, route: &Route) -> Message {
+    fn route_message(kind: u16, flags: u16, protocol: u8, route: &Route) -> Message {
         const DST: u16 = 1;
         const OIF: u16 = 4;
         const GATEWAY: u16 = 5;
         const ONLINK: u32 = 4;
         const TABLE_MAIN: u8 = 254;
+        const PREFERRED_SOURCE: u16 = 7;
         const UNICAST: u8 = 1;
-        let scope = if route.via.is_some() { 0 } else { 253 };
+        const UNREACHABLE: u8 = 7;
+        let scope = if route.via.is_some() || route.link == 0 { 0 } else { 253 };
+        let sort = if route.link == 0 { UNREACHABLE } else { UNICAST };
         let mut header =
-            [family(route.to), route.prefix_bits, 0, 0, TABLE_MAIN, PROTOCOL, scope, UNICAST, 0, 0, 0, 0];
+            [family(route.to), route.prefix_bits, 0, 0, TABLE_MAIN, protocol, scope, sort, 0, 0, 0, 0];
         let flag = if route.via.is_some() { ONLINK } else { 0 };
         header[8..12].copy_from_slice(&flag.to_ne_bytes());
         let mut message = Message::new(kind, flags, &header);
@@ -242,17 +268,34 @@ impl Socket {
         if let Some(via) = route.via {
             message.put(GATEWAY, &octets(via));
         }
-        message.put_u32(OIF, route.link);
+        if let Some(source) = route.source {
+            message.put(PREFERRED_SOURCE, &octets(source));
+        }
+        if route.link != 0 {
+            message.put_u32(OIF, route.link);
+        }
         message
+    }
+
+    /// Sets the machine's default route, as an administrator would: unmarked.
+    pub fn set_default_route(&mut self, via: IpAddr, link: u32) -> Result<(), Error> {
+        const BOOT: u8 = 3;
+        let any =
+            if via.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+        let route = Route { to: any, prefix_bits: 0, via: Some(via), link, source: None };
+        self.request(
+            "setting the default route",
+            &Self::route_message(NEWROUTE, CREATE | REPLACE, BOOT, &route),
+        )
     }
 
     /// Adds a route, in place of one to the same range.
     pub fn set_route(&mut self, route: &Route) -> Result<(), Error> {
-        self.request("setting a route", &Self::route_message(NEWROUTE, CREATE | REPLACE, route))
+        self.request("setting a route", &Self::route_message(NEWROUTE, CREATE | REPLACE, PROTOCOL, route))
     }
 
     pub fn delete_route(&mut self, route: &Route) -> Result<(), Error> {
-        unless_missing(self.request("deleting a route", &Self::route_message(DELROUTE, 0, route)))
+        unless_missing(self.request("deleting a route", &Self::route_message(DELROUTE, 0, PROTOCOL, route)))
     }
 
     /// The routes that are ours.
@@ -333,6 +376,7 @@ fn read_route(message: Received<'_>) -> Option<Route> {
         to: attribute(attributes, 1).and_then(read_ip).unwrap_or(any),
         prefix_bits: *message.payload.get(1)?,
         via: attribute(attributes, 5).and_then(read_ip),
-        link: attribute(attributes, 4).and_then(|a| u32_at(a, 0))?,
+        link: attribute(attributes, 4).and_then(|a| u32_at(a, 0)).unwrap_or_default(),
+        source: attribute(attributes, 7).and_then(read_ip),
     })
 }

@@ -3,7 +3,7 @@
 //! What stays true: every wait is bounded, and an error answered by the kernel names what was asked for.
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -37,9 +37,14 @@ impl Error {
 
     /// Whether the kernel answered that there is no such thing.
     pub fn is_missing(&self) -> bool {
-        [rustix::io::Errno::NOENT, rustix::io::Errno::SRCH, rustix::io::Errno::NODEV, rustix::io::Errno::ADDRNOTAVAIL]
-            .into_iter()
-            .any(|e| self.is(e))
+        [
+            rustix::io::Errno::NOENT,
+            rustix::io::Errno::SRCH,
+            rustix::io::Errno::NODEV,
+            rustix::io::Errno::ADDRNOTAVAIL,
+        ]
+        .into_iter()
+        .any(|e| self.is(e))
     }
 
     fn is(&self, errno: rustix::io::Errno) -> bool {
@@ -65,10 +70,12 @@ impl Socket {
     }
 
     fn open(protocol: Option<rustix::net::Protocol>, groups: u32) -> Result<Self, Error> {
-        let fd = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, protocol)
-            .map_err(io::Error::from)?;
+        let fd =
+            rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, protocol)
+                .map_err(io::Error::from)?;
         rustix::net::bind(&fd, &SocketAddrNetlink::new(0, groups)).map_err(io::Error::from)?;
-        sockopt::set_socket_timeout(&fd, sockopt::Timeout::Recv, Some(ANSWER_TIMEOUT)).map_err(io::Error::from)?;
+        sockopt::set_socket_timeout(&fd, sockopt::Timeout::Recv, Some(ANSWER_TIMEOUT))
+            .map_err(io::Error::from)?;
         Ok(Self { fd, sequence: 0 })
     }
 
@@ -186,41 +193,14 @@ fn check(what: &'static str, message: Received<'_>) -> Result<(), Error> {
     }
 }
 
-/// What the kernel tells about changes that others make. Readiness is for the caller's runtime to wait for.
-pub struct Events(Socket);
-
-impl Events {
-    /// Links going up and down, IPv4 addresses coming and going.
-    pub fn of_links() -> Result<Self, Error> {
-        const LINK: u32 = 1;
-        const IPV4_ADDRESS: u32 = 0x10;
-        let socket = Socket::open(None, LINK | IPV4_ADDRESS)?;
-        rustix::io::ioctl_fionbio(&socket.fd, true).map_err(io::Error::from)?;
-        Ok(Self(socket))
-    }
-
-    /// Reads what there is; `Ok(true)` when `matters` says so of any message, or when messages were lost.
-    /// `WouldBlock` when there is nothing.
-    pub fn read(&self, mut matters: impl FnMut(Received<'_>) -> bool) -> io::Result<bool> {
-        let mut buffer = vec![0; BUFFER_BYTES];
-        match rustix::net::recv(&self.0.fd, &mut buffer[..], RecvFlags::empty()) {
-            Ok((_, count)) => Ok(received(&buffer[..count]).any(&mut matters)),
-            Err(rustix::io::Errno::NOBUFS) => Ok(true),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-impl AsRawFd for Events {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.fd.as_raw_fd()
-    }
-}
-
-impl AsFd for Events {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.fd.as_fd()
-    }
+/// A non-blocking socket that tells of links going up and down, and of IPv4 addresses coming and going. Reading gives
+/// datagrams for [`received`]; `ENOBUFS` says that some were lost.
+pub fn link_events() -> Result<OwnedFd, Error> {
+    const LINK: u32 = 1;
+    const IPV4_ADDRESS: u32 = 0x10;
+    let socket = Socket::open(None, LINK | IPV4_ADDRESS)?;
+    rustix::io::ioctl_fionbio(&socket.fd, true).map_err(io::Error::from)?;
+    Ok(socket.fd)
 }
 
 /// Runs `work` inside the network namespace at `path`, on a thread of its own that ends with it.

@@ -1,11 +1,13 @@
 //! What is sent is what this machine's kernel takes: each test in a network namespace of its own. Needs root.
+#![allow(clippy::unwrap_used)]
+
 use std::net::{IpAddr, Ipv4Addr};
 
-use sampan_netlink::Socket;
 use sampan_netlink::nft::{
     Batch, ChainKind, Expression, Hook, HookPoint, Part, Register, Set, Value, Values, Verdict, key, matches,
 };
 use sampan_netlink::route::{LOOPBACK, Neighbour, Route, Vxlan};
+use sampan_netlink::{Cidr, Socket};
 
 /// Runs `work` on a thread with a network namespace of its own.
 fn alone(work: impl FnOnce() + Send + 'static) {
@@ -40,13 +42,24 @@ fn links_addresses_routes_and_neighbours() {
         assert!(link.is_up && link.mtu == 1450 && link.mac == Some(vxlan.mac), "{link:?}");
         assert_eq!(socket.link("nothing").unwrap(), None);
         let via = IpAddr::from([10, 42, 1, 0]);
-        let route = Route { to: via, prefix_bits: 24, via: Some(via), link: link.index };
+        let route = Route { to: via, prefix_bits: 24, via: Some(via), link: link.index, source: None };
         socket.set_route(&route).unwrap();
         socket.set_route(&route).unwrap();
         assert_eq!(socket.routes().unwrap(), [route]);
+        let nowhere = Route::nowhere(Cidr::new([10, 42, 0, 0].into(), 24));
+        socket.set_route(&nowhere).unwrap();
+        assert_eq!(socket.routes().unwrap().len(), 2);
+        assert!(socket.routes().unwrap().contains(&nowhere));
+        socket.delete_route(&nowhere).unwrap();
+        assert_eq!(socket.routes().unwrap(), [route]);
         let mut neighbours = vec![
             Neighbour { link: link.index, ip: via, mac: [2, 0, 0, 0, 0, 2], forwarding: false },
-            Neighbour { link: link.index, ip: [10, 9, 0, 2].into(), mac: [2, 0, 0, 0, 0, 2], forwarding: true },
+            Neighbour {
+                link: link.index,
+                ip: [10, 9, 0, 2].into(),
+                mac: [2, 0, 0, 0, 0, 2],
+                forwarding: true,
+            },
         ];
         for neighbour in &neighbours {
             socket.set_neighbour(neighbour).unwrap();
@@ -75,11 +88,14 @@ fn every_expression_is_taken() {
         let filter = |at| Some(Hook { kind: ChainKind::Filter, at, priority: 0 });
         let mut batch = Batch::new("t");
         batch.replace_table();
-        batch.add_chain("pre", nat(HookPoint::Prerouting, -100)).add_chain("post", nat(HookPoint::Postrouting, 100));
+        batch
+            .add_chain("pre", nat(HookPoint::Prerouting, -100))
+            .add_chain("post", nat(HookPoint::Postrouting, 100));
         batch.add_chain("in", filter(HookPoint::Input)).add_chain("svc", None).add_chain("no", None);
         let services = Set::map("services", &[Part::Ipv4, Part::Protocol, Part::Port], Values::Verdicts);
         let endpoint: &[Part] = &[Part::Ipv4, Part::Port];
-        let clients = Set { dynamic: Some((60, 1000)), ..Set::map("clients", &[Part::Ipv4], Values::Of(endpoint)) };
+        let clients =
+            Set { dynamic: Some((60, 1000)), ..Set::map("clients", &[Part::Ipv4], Values::Of(endpoint)) };
         batch.add_set(&services).add_set(&clients).add_set(&Set::new("hairpin", &[Part::Ipv4, Part::Ipv4]));
         let look = [
             Expression::DestinationIp(r(0)),
@@ -128,12 +144,16 @@ fn every_expression_is_taken() {
             a
         };
         batch.add_rule("post", &and(matches::mark(0x4000), Expression::Masquerade));
-        batch.add_rule("post", &and(matches::source(pod, 16, false), Expression::Verdict(Verdict::Return)));
+        batch.add_rule(
+            "post",
+            &and(matches::source(Cidr::new(pod, 16), false), Expression::Verdict(Verdict::Return)),
+        );
         batch.add_rule("pre", &matches::set_mark(0x4000, true));
         batch.add_rule("pre", &and(matches::local(false), Expression::Verdict(Verdict::Accept)));
         let spn = matches::interface_prefix(Expression::InputName, "spn");
         batch.add_rule("in", &and(spn, Expression::Verdict(Verdict::Drop)));
-        batch.add_rule("in", &and(matches::new_connection(), Expression::Verdict(Verdict::Jump("no".into()))));
+        batch
+            .add_rule("in", &and(matches::new_connection(), Expression::Verdict(Verdict::Jump("no".into()))));
         batch.add_rule("no", &[Expression::Reject]);
         let many: Vec<_> = (0..1000u16)
             .map(|n| (key::ip_protocol_port(pod, 6, n), Some(Value::Verdict(Verdict::Goto("svc".into())))))
@@ -143,7 +163,11 @@ fn every_expression_is_taken() {
 
         let mut batch = Batch::new("t");
         batch.delete_elements("services", &many[..10]);
-        batch.flush_chain("svc").delete_elements("services", &many[10..]).delete_chain("svc").delete_set("clients");
+        batch
+            .flush_chain("svc")
+            .delete_elements("services", &many[10..])
+            .delete_chain("svc")
+            .delete_set("clients");
         batch.commit().unwrap();
 
         let mut batch = Batch::new("t");

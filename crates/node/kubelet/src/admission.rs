@@ -54,24 +54,35 @@ fn check(
         return Err(refuse("PodOSNotSupported", "Failed to admit pod as the OS field doesn't match node OS"));
     }
     if spec.host_users == Some(false) {
-        return Err(refuse("UnexpectedAdmissionError", "user namespaces (hostUsers: false) are not supported by this node yet"));
+        return Err(refuse(
+            "UnexpectedAdmissionError",
+            "user namespaces (hostUsers: false) are not supported by this node yet",
+        ));
     }
     fits(pod, others, allocatable)?;
     if let Some(node) = node
         && !matches_node(pod, node)
     {
-        return Err(refuse("NodeAffinity", "Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector"));
+        return Err(refuse(
+            "NodeAffinity",
+            "Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector",
+        ));
     }
     let taken = |p: &Pod| -> Vec<(i32, String)> {
         let containers = p.spec.iter().flat_map(|s| s.containers.iter());
         containers
             .flat_map(|c| c.ports.iter().flatten())
-            .filter_map(|p| p.host_port.filter(|h| *h > 0).map(|h| (h, p.protocol.clone().unwrap_or("TCP".into()))))
+            .filter_map(|p| {
+                p.host_port.filter(|h| *h > 0).map(|h| (h, p.protocol.clone().unwrap_or("TCP".into())))
+            })
             .collect()
     };
     let wanted = taken(pod);
     if wanted.iter().any(|port| others.iter().any(|o| taken(o).contains(port) && overlap(pod, o, port))) {
-        return Err(refuse("NodePorts", "Predicate NodePorts failed: node(s) didn't have free ports for the requested pod ports"));
+        return Err(refuse(
+            "NodePorts",
+            "Predicate NodePorts failed: node(s) didn't have free ports for the requested pod ports",
+        ));
     }
     Ok(())
 }
@@ -90,7 +101,11 @@ fn overlap(a: &Pod, b: &Pod, port: &(i32, String)) -> bool {
     a.iter().any(|x| b.iter().any(|y| x.is_empty() || y.is_empty() || x == y))
 }
 
-fn fits(pod: &Pod, others: &[&Arc<Pod>], allocatable: &dyn Fn(&str) -> Option<Amount>) -> Result<(), Refusal> {
+fn fits(
+    pod: &Pod,
+    others: &[&Arc<Pod>],
+    allocatable: &dyn Fn(&str) -> Option<Amount>,
+) -> Result<(), Refusal> {
     let of = |p: &Pod| p.spec.as_ref().map(requests::pod_requests).unwrap_or_default();
     let mut used = ResourceList::new();
     for other in others {
@@ -102,7 +117,9 @@ fn fits(pod: &Pod, others: &[&Arc<Pod>], allocatable: &dyn Fn(&str) -> Option<Am
     let lack = |name: &str, reason: String, requested: i64, used: i64, capacity: i64| {
         refuse(
             &reason,
-            format!("Node didn't have enough resource: {name}, requested: {requested}, used: {used}, capacity: {capacity}"),
+            format!(
+                "Node didn't have enough resource: {name}, requested: {requested}, used: {used}, capacity: {capacity}"
+            ),
         )
     };
     if let Some(pods) = allocatable("pods") {
@@ -130,13 +147,19 @@ fn matches_node(pod: &Pod, node: &Node) -> bool {
         return false;
     }
     let affinity = spec.affinity.as_ref().and_then(|a| a.node_affinity.as_ref());
-    let Some(required) = affinity.and_then(|a| a.required_during_scheduling_ignored_during_execution.as_ref()) else {
+    let Some(required) =
+        affinity.and_then(|a| a.required_during_scheduling_ignored_during_execution.as_ref())
+    else {
         return true;
     };
     required.node_selector_terms.iter().any(|term| matches_term(term, node, &labels))
 }
 
-fn matches_term(term: &NodeSelectorTerm, node: &Node, labels: &std::collections::BTreeMap<String, String>) -> bool {
+fn matches_term(
+    term: &NodeSelectorTerm,
+    node: &Node,
+    labels: &std::collections::BTreeMap<String, String>,
+) -> bool {
     let expressions = term.match_expressions.as_deref().unwrap_or_default();
     let fields = term.match_fields.as_deref().unwrap_or_default();
     if expressions.is_empty() && fields.is_empty() {
@@ -148,18 +171,28 @@ fn matches_term(term: &NodeSelectorTerm, node: &Node, labels: &std::collections:
         "Exists" => value.is_some(),
         "DoesNotExist" => value.is_none(),
         "Gt" | "Lt" => {
-            let (value, bound) = (value.and_then(|v| v.parse::<i64>().ok()), values.first().and_then(|v| v.parse().ok()));
+            let (value, bound) =
+                (value.and_then(|v| v.parse::<i64>().ok()), values.first().and_then(|v| v.parse().ok()));
             match (value, bound) {
-                (Some(value), Some(bound)) => if operator == "Gt" { value > bound } else { value < bound },
+                (Some(value), Some(bound)) => {
+                    if operator == "Gt" {
+                        value > bound
+                    } else {
+                        value < bound
+                    }
+                }
                 _ => false,
             }
         }
         _ => false,
     };
     let name = node.name_any();
-    expressions.iter().all(|e| holds(&e.operator, labels.get(&e.key), e.values.as_deref().unwrap_or_default()))
+    expressions
+        .iter()
+        .all(|e| holds(&e.operator, labels.get(&e.key), e.values.as_deref().unwrap_or_default()))
         && fields.iter().all(|f| {
-            f.key == "metadata.name" && holds(&f.operator, Some(&name), f.values.as_deref().unwrap_or_default())
+            f.key == "metadata.name"
+                && holds(&f.operator, Some(&name), f.values.as_deref().unwrap_or_default())
         })
 }
 
@@ -195,7 +228,8 @@ mod tests {
 
     #[test]
     fn selectors_and_affinity() {
-        let node: Node = serde_json::from_value(json!({"metadata": {"name": "n", "labels": {"a": "5"}}})).unwrap();
+        let node: Node =
+            serde_json::from_value(json!({"metadata": {"name": "n", "labels": {"a": "5"}}})).unwrap();
         let term = |key: &str, operator: &str, values: &[&str]| {
             json!({"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms":
                 [{"matchExpressions": [{"key": key, "operator": operator, "values": values}]}]}}}})

@@ -17,9 +17,9 @@ pub struct KubeletConfig {
     /// Holds `pods`, `seccomp` and the last known pods.
     pub root_dir: PathBuf,
     pub log_dir: PathBuf,
-    /// Static pods' manifests, where there are any.
+    /// For static pods, which this kubelet does not start yet: it says so at its start where the folder holds any.
     pub manifests_dir: Option<PathBuf>,
-    /// Where cgroups are mounted, and the group below which `kubepods` lies.
+    /// Where `kubepods` lies in the cgroup tree; the runtime makes the groups.
     pub cgroup_root: PathBuf,
     pub cluster_dns: Vec<IpAddr>,
     pub cluster_domain: String,

@@ -79,7 +79,14 @@ pub fn sandbox(pod: &Pod, node: &NodeServices, attempt: u32) -> Result<SandboxCo
     annotations.insert(GRACE_PERIOD.into(), spec.termination_grace_period_seconds.unwrap_or(30).to_string());
     Ok(SandboxConfig {
         hostname,
-        labels: pod.metadata.labels.iter().flatten().map(|(k, v)| (k.clone(), v.clone())).chain(pod_labels(pod)).collect(),
+        labels: pod
+            .metadata
+            .labels
+            .iter()
+            .flatten()
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .chain(pod_labels(pod))
+            .collect(),
         annotations,
         log_directory: node.config.pod_log_dir(&namespace, &name, &uid),
         namespace,
@@ -197,7 +204,12 @@ impl Making<'_> {
         Ok(mounts)
     }
 
-    fn volume_mount(&self, index: usize, mount: &VolumeMount, env: &[(String, String)]) -> Result<Mount, String> {
+    fn volume_mount(
+        &self,
+        index: usize,
+        mount: &VolumeMount,
+        env: &[(String, String)],
+    ) -> Result<Mount, String> {
         let name = &self.container.name;
         let path = self.volumes.path(&mount.name);
         let volume = path
@@ -220,9 +232,13 @@ impl Making<'_> {
             if sub.split('/').any(|part| part == "..") {
                 return Err(format!("unable to provision SubPath `{sub}`: must not contain '..'"));
             }
-            let target = self.pod_dir().join("volume-subpaths").join(&mount.name).join(name).join(index.to_string());
+            let target =
+                self.pod_dir().join("volume-subpaths").join(&mount.name).join(name).join(index.to_string());
             subpath::prepare(volume, &sub, &target).map_err(|error| {
-                format!("failed to prepare subPath for volumeMount {:?} of container {name:?}: {error}", mount.name)
+                format!(
+                    "failed to prepare subPath for volumeMount {:?} of container {name:?}: {error}",
+                    mount.name
+                )
             })?
         };
         let readonly = mount.read_only.unwrap_or(false);
@@ -248,8 +264,12 @@ impl Making<'_> {
     fn files(&self, taken: &[Mount]) -> std::io::Result<Vec<Mount>> {
         let dir = self.pod_dir();
         fs::create_dir_all(&dir)?;
-        let readonly =
-            self.container.security_context.as_ref().and_then(|s| s.read_only_root_filesystem).unwrap_or(false);
+        let readonly = self
+            .container
+            .security_context
+            .as_ref()
+            .and_then(|s| s.read_only_root_filesystem)
+            .unwrap_or(false);
         let mut mounts = Vec::new();
         let mut add = |container_path: &str, host_path: PathBuf, readonly: bool| {
             if !taken.iter().any(|m| m.container_path == container_path) {

@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 
 use k8s_openapi::api::core::v1::{
-    Container as Spec, ContainerState as State, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
-    ContainerStatus, ContainerUser, LinuxContainerUser, VolumeMountStatus,
+    Container as Spec, ContainerState as State, ContainerStateRunning, ContainerStateTerminated,
+    ContainerStateWaiting, ContainerStatus, ContainerUser, LinuxContainerUser, VolumeMountStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use sampan_drivers::runtime::{Container, ContainerState, Image};
@@ -41,10 +41,14 @@ fn whole(time: Option<jiff::Timestamp>) -> Option<Time> {
 fn state(record: &Container, messages: &HashMap<String, String>) -> State {
     match record.state {
         ContainerState::Running => State {
-            running: Some(ContainerStateRunning { started_at: whole(record.started_at.or(Some(record.created_at))) }),
+            running: Some(ContainerStateRunning {
+                started_at: whole(record.started_at.or(Some(record.created_at))),
+            }),
             ..State::default()
         },
-        ContainerState::Created => State { waiting: Some(ContainerStateWaiting::default()), ..State::default() },
+        ContainerState::Created => {
+            State { waiting: Some(ContainerStateWaiting::default()), ..State::default() }
+        }
         ContainerState::Exited | ContainerState::Unknown => {
             let message = messages.get(&record.id).unwrap_or(&record.message);
             let is_unknown = record.state == ContainerState::Unknown;
@@ -89,12 +93,13 @@ impl Inputs<'_> {
         let newest = self.records.newest(&spec.name);
         match newest {
             Some(record) => self.from_record(kind, spec, record, &mut status),
-            None => self.without_record(kind, spec, old, &mut status),
+            None => self.without_record(kind, old, &mut status),
         }
         if kind == Kind::Ephemeral {
             status.started = None;
         }
-        let is_done = kind == Kind::Init && newest.is_some_and(|r| crate::plan::is_exited(r) && r.exit_code == 0);
+        let is_done =
+            kind == Kind::Init && newest.is_some_and(|r| crate::plan::is_exited(r) && r.exit_code == 0);
         let runs = newest.is_some_and(crate::plan::is_running);
         if let Some(why) = self.waiting.get(&spec.name)
             && !runs
@@ -131,7 +136,8 @@ impl Inputs<'_> {
         if record.state == ContainerState::Running {
             let (started, ready) = (self.probed)(spec, record);
             status.started = Some(started);
-            status.ready = ready;
+            // an init container is ready when it is over
+            status.ready = ready && (kind != Kind::Init || crate::plan::is_sidecar(spec));
         } else if kind == Kind::Init && crate::plan::is_exited(record) && record.exit_code == 0 {
             status.ready = spec.restart_policy.as_deref() != Some("Always");
         }
@@ -140,11 +146,15 @@ impl Inputs<'_> {
             status.allocated_resources = spec.resources.as_ref().and_then(|r| r.requests.clone());
         }
         status.user = record.user.as_ref().map(|(uid, gid, groups)| ContainerUser {
-            linux: Some(LinuxContainerUser { uid: *uid, gid: *gid, supplemental_groups: Some(groups.clone()) }),
+            linux: Some(LinuxContainerUser {
+                uid: *uid,
+                gid: *gid,
+                supplemental_groups: Some(groups.clone()),
+            }),
         });
     }
 
-    fn without_record(&self, kind: Kind, spec: &Spec, old: Option<&ContainerStatus>, status: &mut ContainerStatus) {
+    fn without_record(&self, kind: Kind, old: Option<&ContainerStatus>, status: &mut ContainerStatus) {
         if let Some(old) = old.filter(|o| o.state.as_ref().is_some_and(|s| s.terminated.is_some())) {
             *status = old.clone();
             return;
@@ -154,8 +164,8 @@ impl Inputs<'_> {
             status.restart_count = old.restart_count;
             status.last_state = old.last_state.clone();
         }
-        let default = if self.has_init && kind == Kind::Main { "PodInitializing" } else { "ContainerCreating" };
-        let default = if self.has_init && kind == Kind::Init { "PodInitializing" } else { default };
+        let default =
+            if self.has_init && kind != Kind::Ephemeral { "PodInitializing" } else { "ContainerCreating" };
         status.state = Some(waiting(default, None));
         if was_running && !status.last_state.as_ref().is_some_and(|s| s.terminated.is_some()) {
             status.restart_count += 1;
@@ -175,7 +185,6 @@ impl Inputs<'_> {
         if self.is_terminal && kind == Kind::Main && was_running {
             status.state = status.last_state.take();
         }
-        let _ = spec;
     }
 }
 
@@ -189,7 +198,8 @@ fn volume_mounts(spec: &Spec) -> Option<Vec<VolumeMountStatus>> {
                 mount_path: mount.mount_path.clone(),
                 read_only: mount.read_only.filter(|r| *r),
                 recursive_read_only: (mount.read_only == Some(true)).then(|| {
-                    let wanted = matches!(mount.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible"));
+                    let wanted =
+                        matches!(mount.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible"));
                     if wanted { "Enabled" } else { "Disabled" }.to_string()
                 }),
                 volume_status: None,

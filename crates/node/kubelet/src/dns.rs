@@ -27,7 +27,9 @@ impl Resolver {
             let mut words = line.split_whitespace();
             match words.next() {
                 Some("nameserver") => resolver.servers.extend(words.next().map(str::to_string)),
-                Some("search") => resolver.searches = words.filter(|w| *w != ".").map(str::to_string).collect(),
+                Some("search") => {
+                    resolver.searches = words.filter(|w| *w != ".").map(str::to_string).collect()
+                }
                 Some("options") => resolver.options = words.map(str::to_string).collect(),
                 _ => {}
             }
@@ -143,7 +145,9 @@ pub fn hosts(pod: &Pod, config: &KubeletConfig, ips: &[IpAddr], node_hosts: &Pat
         out.push_str(&std::fs::read_to_string(node_hosts).unwrap_or_default());
     } else {
         out.push_str("# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n");
-        out.push_str("::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\nfe00::0\tip6-mcastprefix\n");
+        out.push_str(
+            "::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\nfe00::0\tip6-mcastprefix\n",
+        );
         out.push_str("fe00::1\tip6-allnodes\nfe00::2\tip6-allrouters\n");
         let (hostname, domain) = hostname(pod, config).unwrap_or_default();
         for ip in ips {
@@ -171,7 +175,8 @@ mod tests {
     fn pod(spec: serde_json::Value) -> Pod {
         let mut spec = spec;
         spec["containers"] = json!([]);
-        serde_json::from_value(json!({"metadata": {"name": "web-0", "namespace": "ns"}, "spec": spec})).unwrap()
+        serde_json::from_value(json!({"metadata": {"name": "web-0", "namespace": "ns"}, "spec": spec}))
+            .unwrap()
     }
 
     #[test]
@@ -189,7 +194,10 @@ mod tests {
             (json!({"hostNetwork": true}), host),
             (json!({"hostNetwork": true, "dnsPolicy": "ClusterFirstWithHostNet"}), cluster),
             (json!({"dnsPolicy": "Default"}), host),
-            (json!({"dnsPolicy": "None", "dnsConfig": own}), "search x\nnameserver 1.1.1.1\noptions ndots:2\n"),
+            (
+                json!({"dnsPolicy": "None", "dnsConfig": own}),
+                "search x\nnameserver 1.1.1.1\noptions ndots:2\n",
+            ),
             (
                 json!({"dnsPolicy": "ClusterFirst", "dnsConfig": {"options": [{"name": "ndots", "value": "2"}]}}),
                 &cluster.replace(":5", ":2"),

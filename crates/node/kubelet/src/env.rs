@@ -81,7 +81,11 @@ async fn from_objects(pod: &Pod, container: &Container, sources: &Sources<'_>) -
         if let Some(r) = &source.secret_ref {
             let object = objects.secret(&namespace, &r.name).await;
             if let Some(object) = missing_is_fine(object, r.optional.unwrap_or(false))? {
-                object.data.iter().flatten().for_each(|(k, v)| take(k, String::from_utf8_lossy(&v.0).into_owned()));
+                object
+                    .data
+                    .iter()
+                    .flatten()
+                    .for_each(|(k, v)| take(k, String::from_utf8_lossy(&v.0).into_owned()));
             }
         }
     }
@@ -101,9 +105,12 @@ async fn value_from(
     if let Some(selector) = &source.resource_field_ref {
         let named = selector.container_name.as_deref().filter(|n| !n.is_empty());
         let spec = pod.spec.as_ref();
-        let mut all = spec.into_iter().flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
+        let mut all =
+            spec.into_iter().flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
         let of = match named {
-            Some(name) => all.find(|c| c.name == name).ok_or_else(|| format!("container {name} not found"))?,
+            Some(name) => {
+                all.find(|c| c.name == name).ok_or_else(|| format!("container {name} not found"))?
+            }
             None => container,
         };
         return field_path::resource(pod, of, selector, &sources.volumes.allocatable.read()).map(Some);

@@ -20,7 +20,8 @@ pub async fn run(
 ) -> Result<(), String> {
     if let Some(action) = &handler.exec {
         let command = action.command.clone().unwrap_or_default();
-        let result = node.runtime.exec_sync(id, &command, limit, OUTPUT_BYTES).await.map_err(|e| e.to_string())?;
+        let result =
+            node.runtime.exec_sync(id, &command, limit, OUTPUT_BYTES).await.map_err(|e| e.to_string())?;
         return match result {
             (_, _, 0) => Ok(()),
             (out, err, code) => Err(format!(
@@ -48,7 +49,11 @@ pub async fn run(
     if let Some(action) = &handler.sleep {
         let asked = Duration::from_secs(u64::try_from(action.seconds).unwrap_or(0));
         tokio::time::sleep(asked.min(limit)).await;
-        return if asked <= limit { Ok(()) } else { Err("container terminated before sleep hook finished".to_string()) };
+        return if asked <= limit {
+            Ok(())
+        } else {
+            Err("container terminated before sleep hook finished".to_string())
+        };
     }
     Err("Invalid handler: only exec, httpGet and sleep are hooks".to_string())
 }

@@ -178,7 +178,9 @@ impl Facts<'_> {
                         over += 1;
                     }
                 }
-                Some(record) if is_running(record) => plan.kill.extend(self.kill(Kind::Main, container, record)),
+                Some(record) if is_running(record) => {
+                    plan.kill.extend(self.kill(Kind::Main, container, record))
+                }
                 Some(_) => {}
             }
         }
@@ -325,7 +327,10 @@ mod tests {
             };
             let plan = facts.plan();
             let names: Vec<&str> = plan.start.iter().map(|(_, c)| c.name.as_str()).collect();
-            let what = format!("{policy} {inits:?} {:?}", records.iter().map(|r| (&r.name, r.state)).collect::<Vec<_>>());
+            let what = format!(
+                "{policy} {inits:?} {:?}",
+                records.iter().map(|r| (&r.name, r.state)).collect::<Vec<_>>()
+            );
             assert_eq!((names, plan.is_finished), (start, finished), "{what}");
         }
     }

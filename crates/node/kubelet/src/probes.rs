@@ -87,7 +87,9 @@ pub fn spawn(target: Target, report: impl Fn(bool) + Send + 'static) -> AbortHan
 
 async fn follow(target: Target, report: impl Fn(bool)) {
     let Some(spec) = target.probe.spec(&target.container).cloned() else { return };
-    let number = |value: Option<i32>, default: u64| value.and_then(|v| u64::try_from(v).ok()).filter(|v| *v > 0).unwrap_or(default);
+    let number = |value: Option<i32>, default: u64| {
+        value.and_then(|v| u64::try_from(v).ok()).filter(|v| *v > 0).unwrap_or(default)
+    };
     let initial = Duration::from_secs(u64::try_from(spec.initial_delay_seconds.unwrap_or(0)).unwrap_or(0));
     let since = Duration::try_from(clock::now().duration_since(target.started_at)).unwrap_or_default();
     tokio::time::sleep(initial.saturating_sub(since)).await;
@@ -143,7 +145,8 @@ async fn once(target: &Target, spec: &Spec) -> Option<bool> {
 }
 
 async fn run(target: &Target, spec: &Spec) -> Outcome {
-    let timeout = Duration::from_secs(spec.timeout_seconds.and_then(|t| u64::try_from(t).ok()).unwrap_or(1).max(1));
+    let timeout =
+        Duration::from_secs(spec.timeout_seconds.and_then(|t| u64::try_from(t).ok()).unwrap_or(1).max(1));
     let container = &target.container;
     if let Some(action) = &spec.exec {
         return exec(target, action.command.as_deref().unwrap_or_default(), timeout).await;
@@ -199,7 +202,11 @@ async fn exec(target: &Target, command: &[String], timeout: Duration) -> Outcome
         }
         Ok(Err(error)) => {
             let text = error.to_string();
-            if text.contains("timed out") || text.contains("timeout") { timed_out() } else { Outcome::Unknown(text) }
+            if text.contains("timed out") || text.contains("timeout") {
+                timed_out()
+            } else {
+                Outcome::Unknown(text)
+            }
         }
     }
 }

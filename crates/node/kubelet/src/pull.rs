@@ -25,7 +25,12 @@ impl Waiting {
 }
 
 /// The image, pulled where the policy wants that.
-pub async fn ensure(node: &NodeServices, pod: &Pod, kind: Kind, container: &Container) -> Result<Image, Waiting> {
+pub async fn ensure(
+    node: &NodeServices,
+    pod: &Pod,
+    kind: Kind,
+    container: &Container,
+) -> Result<Image, Waiting> {
     let name = container.image.as_deref().unwrap_or_default();
     let record = |event, reason: &str, message: String| {
         node.recorder.record(container_reference(pod, kind, &container.name), event, reason, message);
@@ -34,7 +39,9 @@ pub async fn ensure(node: &NodeServices, pod: &Pod, kind: Kind, container: &Cont
     let present = match node.runtime.image_status(name).await {
         Ok(present) => present,
         Err(RuntimeError::Image { source: ImageError::InvalidName(error), .. }) => {
-            let message = format!("Failed to apply default image tag {name:?}: couldn't parse image name {name:?}: {error}");
+            let message = format!(
+                "Failed to apply default image tag {name:?}: couldn't parse image name {name:?}: {error}"
+            );
             record(WARNING, "InspectFailed", message.clone());
             record(WARNING, "Failed", "Error: InvalidImageName".to_string());
             return Err(Waiting::new("InvalidImageName", message));
@@ -47,7 +54,8 @@ pub async fn ensure(node: &NodeServices, pod: &Pod, kind: Kind, container: &Cont
     };
     match (present, policy) {
         (Some(image), "IfNotPresent" | "Never") => {
-            let message = format!("Container image {name:?} already present on machine and can be accessed by the pod");
+            let message =
+                format!("Container image {name:?} already present on machine and can be accessed by the pod");
             record(NORMAL, "Pulled", message);
             return Ok(image);
         }
@@ -172,7 +180,8 @@ fn fits(registry: &str, image: &str) -> Option<usize> {
     let entry = if entry == "docker.io" { "index.docker.io" } else { entry };
     let (entry_host, entry_path) = entry.split_once('/').unwrap_or((entry, ""));
     let (host, path) = full.split_once('/')?;
-    let (entry_parts, parts): (Vec<&str>, Vec<&str>) = (entry_host.split('.').collect(), host.split('.').collect());
+    let (entry_parts, parts): (Vec<&str>, Vec<&str>) =
+        (entry_host.split('.').collect(), host.split('.').collect());
     let same_host = entry_parts.len() == parts.len()
         && entry_parts.iter().zip(&parts).all(|(e, p)| *e == "*" || e == p || glob(e, p));
     (same_host && path.starts_with(entry_path)).then_some(entry.len())
@@ -223,7 +232,8 @@ mod tests {
 
     #[test]
     fn secrets_hold_credentials() {
-        let config = serde_json::json!({"auths": {"ghcr.io": {"auth": "dTpwOjE="}, "other.io": {"username": "x"}}});
+        let config =
+            serde_json::json!({"auths": {"ghcr.io": {"auth": "dTpwOjE="}, "other.io": {"username": "x"}}});
         let secret: Secret = serde_json::from_value(serde_json::json!({"data": {".dockerconfigjson":
             base64::engine::general_purpose::STANDARD.encode(config.to_string())}}))
         .unwrap();

@@ -75,7 +75,13 @@ impl Recorder {
         (Self { queue, node: node.into() }, receiver)
     }
 
-    pub fn record(&self, object: ObjectReference, kind: &'static str, reason: &str, message: impl Into<String>) {
+    pub fn record(
+        &self,
+        object: ObjectReference,
+        kind: &'static str,
+        reason: &str,
+        message: impl Into<String>,
+    ) {
         let mut message = message.into();
         if message.len() > 1024 {
             let end = (0..=1021).rev().find(|i| message.is_char_boundary(*i)).unwrap_or(0);
@@ -177,7 +183,11 @@ async fn create(client: &Client, node: &str, event: &Recorded) -> Option<String>
     let name = format!("{}.{:x}", event.object.name.as_deref().unwrap_or_default(), now.as_nanosecond());
     let stamp = Time(clock::now_seconds());
     let object = Event {
-        metadata: ObjectMeta { name: Some(name.clone()), namespace: Some(namespace.clone()), ..ObjectMeta::default() },
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            namespace: Some(namespace.clone()),
+            ..ObjectMeta::default()
+        },
         involved_object: event.object.clone(),
         type_: Some(event.kind.to_string()),
         reason: Some(event.reason.clone()),

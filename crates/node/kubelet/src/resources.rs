@@ -57,7 +57,8 @@ pub fn of_container(pod: &Pod, container: &Container, node_memory_bytes: i64, pi
     let own = container.resources.as_ref();
     let of_pod = pod.spec.as_ref().and_then(|s| s.resources.as_ref());
     let limit = |name: &str| {
-        amount(own.and_then(|r| r.limits.as_ref()), name).or_else(|| amount(of_pod.and_then(|r| r.limits.as_ref()), name))
+        amount(own.and_then(|r| r.limits.as_ref()), name)
+            .or_else(|| amount(of_pod.and_then(|r| r.limits.as_ref()), name))
     };
     let request = amount(own.and_then(|r| r.requests.as_ref()), "cpu");
     let cpu_limit = limit("cpu").map_or(0, Amount::milli_value);
@@ -80,7 +81,14 @@ mod tests {
     fn cgroup_values() {
         let cases = [
             (json!({}), "kubepods/besteffort/podu", 2, 0, 0, 1000),
-            (json!({"requests": {"cpu": "500m", "memory": "1Gi"}}), "kubepods/burstable/podu", 512, 0, 0, 750),
+            (
+                json!({"requests": {"cpu": "500m", "memory": "1Gi"}}),
+                "kubepods/burstable/podu",
+                512,
+                0,
+                0,
+                750,
+            ),
             (
                 json!({"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "1Gi"}}),
                 "kubepods/podu",
@@ -89,7 +97,14 @@ mod tests {
                 1 << 30,
                 -997,
             ),
-            (json!({"limits": {"cpu": "5m"}, "requests": {"cpu": "1m"}}), "kubepods/burstable/podu", 2, 1000, 0, 999),
+            (
+                json!({"limits": {"cpu": "5m"}, "requests": {"cpu": "1m"}}),
+                "kubepods/burstable/podu",
+                2,
+                1000,
+                0,
+                999,
+            ),
         ];
         for (resources, parent, shares, quota, memory, oom) in cases {
             let pod: Pod = serde_json::from_value(json!({"metadata": {"uid": "u"},

@@ -26,9 +26,18 @@ const SAFE_SYSCTLS: &[&str] = &[
 /// Dots, however the pod writes them.
 pub fn sysctl_name(name: &str) -> String {
     match name.find(['.', '/']) {
-        Some(at) if name.as_bytes()[at] == b'/' => {
-            name.chars().map(|c| if c == '/' { '.' } else if c == '.' { '/' } else { c }).collect()
-        }
+        Some(at) if name.as_bytes()[at] == b'/' => name
+            .chars()
+            .map(|c| {
+                if c == '/' {
+                    '.'
+                } else if c == '.' {
+                    '/'
+                } else {
+                    c
+                }
+            })
+            .collect(),
         _ => name.to_string(),
     }
 }
@@ -49,7 +58,9 @@ pub fn check_sysctls(pod: &Pod, allowed: &[String]) -> Option<String> {
         if spec.host_network == Some(true) && name.starts_with("net.") {
             return Some(format!("forbidden sysctl: {:?} not allowed with host net enabled", sysctl.name));
         }
-        let ipc = name.starts_with("kernel.shm") || name.starts_with("kernel.msg") || name.starts_with("fs.mqueue.");
+        let ipc = name.starts_with("kernel.shm")
+            || name.starts_with("kernel.msg")
+            || name.starts_with("fs.mqueue.");
         if spec.host_ipc == Some(true) && ipc {
             return Some(format!("forbidden sysctl: {:?} not allowed with host ipc enabled", sysctl.name));
         }
@@ -58,12 +69,7 @@ pub fn check_sysctls(pod: &Pod, allowed: &[String]) -> Option<String> {
 }
 
 fn shown(pod: &Pod) -> String {
-    format!(
-        "{}_{}({})",
-        pod.name_any(),
-        pod.namespace().unwrap_or_default(),
-        pod.uid().unwrap_or_default()
-    )
+    format!("{}_{}({})", pod.name_any(), pod.namespace().unwrap_or_default(), pod.uid().unwrap_or_default())
 }
 
 /// Checks `runAsNonRoot` against the image, with upstream's words.
@@ -77,7 +83,9 @@ fn check_non_root(pod: &Pod, container: &Container, image: &Image) -> Result<(),
     let (pod_name, name) = (shown(pod), &container.name);
     match own.and_then(|s| s.run_as_user).or(of_pod.and_then(|s| s.run_as_user)) {
         Some(0) => {
-            return Err(format!("container's runAsUser breaks non-root policy (pod: {pod_name:?}, container: {name})"));
+            return Err(format!(
+                "container's runAsUser breaks non-root policy (pod: {pod_name:?}, container: {name})"
+            ));
         }
         Some(_) => return Ok(()),
         None => {}
@@ -85,10 +93,12 @@ fn check_non_root(pod: &Pod, container: &Container, image: &Image) -> Result<(),
     let user = image.user.split(':').next().unwrap_or_default();
     match user.parse::<i64>() {
         Ok(uid) if uid != 0 => Ok(()),
-        Ok(_) => Err(format!("container has runAsNonRoot and image will run as root (pod: {pod_name:?}, container: {name})")),
-        Err(_) if user.is_empty() => {
-            Err(format!("container has runAsNonRoot and image will run as root (pod: {pod_name:?}, container: {name})"))
-        }
+        Ok(_) => Err(format!(
+            "container has runAsNonRoot and image will run as root (pod: {pod_name:?}, container: {name})"
+        )),
+        Err(_) if user.is_empty() => Err(format!(
+            "container has runAsNonRoot and image will run as root (pod: {pod_name:?}, container: {name})"
+        )),
         Err(_) => Err(format!(
             "container has runAsNonRoot and image has non-numeric user ({user}), cannot verify user is non-root (pod: {pod_name:?}, container: {name})"
         )),
@@ -110,7 +120,12 @@ pub fn seccomp(profile: Option<&SeccompProfile>, root: &Path) -> Result<Seccomp,
 }
 
 /// What the runtime is told for one container.
-pub fn effective(pod: &Pod, container: &Container, image: &Image, root: &Path) -> Result<SecurityContext, String> {
+pub fn effective(
+    pod: &Pod,
+    container: &Container,
+    image: &Image,
+    root: &Path,
+) -> Result<SecurityContext, String> {
     check_non_root(pod, container, image)?;
     let of_pod = pod.spec.as_ref().and_then(|s| s.security_context.as_ref());
     let own = container.security_context.as_ref();
@@ -127,7 +142,8 @@ pub fn effective(pod: &Pod, container: &Container, image: &Image, root: &Path) -
         run_as_user: own.and_then(|s| s.run_as_user).or(of_pod.and_then(|s| s.run_as_user)),
         run_as_group: own.and_then(|s| s.run_as_group).or(of_pod.and_then(|s| s.run_as_group)),
         supplemental_groups: groups.collect(),
-        supplemental_groups_strict: of_pod.and_then(|s| s.supplemental_groups_policy.as_deref()) == Some("Strict"),
+        supplemental_groups_strict: of_pod.and_then(|s| s.supplemental_groups_policy.as_deref())
+            == Some("Strict"),
         readonly_rootfs: own.and_then(|s| s.read_only_root_filesystem).unwrap_or(false),
         no_new_privileges: own.and_then(|s| s.allow_privilege_escalation) == Some(false),
         seccomp: if privileged && profile.is_none() { Seccomp::Unconfined } else { seccomp(profile, root)? },
@@ -148,7 +164,12 @@ mod tests {
             (json!({}), json!({"runAsNonRoot": true}), "", Some("image will run as root")),
             (json!({}), json!({"runAsNonRoot": true}), "0:0", Some("image will run as root")),
             (json!({}), json!({"runAsNonRoot": true}), "nobody", Some("non-numeric user (nobody)")),
-            (json!({"runAsUser": 0}), json!({"runAsNonRoot": true}), "", Some("runAsUser breaks non-root policy")),
+            (
+                json!({"runAsUser": 0}),
+                json!({"runAsNonRoot": true}),
+                "",
+                Some("runAsUser breaks non-root policy"),
+            ),
             (json!({"runAsNonRoot": true}), json!({"runAsUser": 7}), "", None),
             (json!({"runAsNonRoot": true}), json!({"runAsNonRoot": false}), "", None),
         ];
@@ -183,9 +204,10 @@ mod tests {
             ("kernel.msgmax", false, vec!["kernel.msg*".to_string()], false),
             ("net.ipv4.tcp_syncookies", true, vec![], true),
         ] {
-            let pod: Pod = serde_json::from_value(json!({"spec": {"containers": [], "hostNetwork": host_network,
+            let pod: Pod =
+                serde_json::from_value(json!({"spec": {"containers": [], "hostNetwork": host_network,
                 "securityContext": {"sysctls": [{"name": name, "value": "1"}]}}}))
-            .unwrap();
+                .unwrap();
             assert_eq!(check_sysctls(&pod, &allowed).is_some(), refused, "{name}");
         }
     }

@@ -19,6 +19,8 @@ pub struct Inputs<'a> {
     /// All containers are down for good.
     pub is_terminal: bool,
     pub has_started_main: bool,
+    /// A container runs or may be about to: the pod does not reach its end before they have.
+    pub may_run: bool,
     pub pod_ips: Vec<String>,
     pub host_ips: Vec<String>,
     /// Set where the kubelet ends the pod itself: phase Failed for this reason.
@@ -113,14 +115,8 @@ fn phase(inputs: &Inputs<'_>) -> &'static str {
     if unknown > 0 {
         return "Pending";
     }
-    if running > 0 && stopped < spec.containers.len() || running > 0 && final_ < stopped {
-        return "Running";
-    }
-    if running > 0 && !(inputs.is_terminal || final_ == spec.containers.len()) {
-        return "Running";
-    }
+    // while only sidecars run on, they are about to be stopped
     if running > 0 && !inputs.is_terminal {
-        // only sidecars run on: they are about to be stopped
         return "Running";
     }
     if stopped == 0 {
@@ -184,9 +180,13 @@ fn ready(inputs: &Inputs<'_>, phase: &str) -> PodCondition {
     for gate in inputs.pod.spec.iter().flat_map(|s| s.readiness_gates.iter().flatten()) {
         let kind = &gate.condition_type;
         match current.iter().find(|c| c.type_ == *kind) {
-            None => messages.push(format!("corresponding condition of pod readiness gate {kind:?} does not exist.")),
+            None => messages
+                .push(format!("corresponding condition of pod readiness gate {kind:?} does not exist.")),
             Some(c) if c.status != "True" => {
-                messages.push(format!("the status of pod readiness gate {kind:?} is not \"True\", but {}", c.status));
+                messages.push(format!(
+                    "the status of pod readiness gate {kind:?} is not \"True\", but {}",
+                    c.status
+                ));
             }
             Some(_) => {}
         }
@@ -260,12 +260,17 @@ pub fn generate(inputs: Inputs<'_>) -> PodStatus {
     {
         (phase, reason, message) = ("Failed".to_string(), Some(why.clone()), Some(text.clone()));
     }
+    let shown = phase.clone();
+    if inputs.may_run && is_over(Some(&phase)) && !is_over(inputs.old.phase.as_deref()) {
+        phase = inputs.old.phase.clone().unwrap_or_else(|| "Pending".to_string());
+        (reason, message) = (inputs.old.reason.clone(), inputs.old.message.clone());
+    }
     let now = Time(clock::now_seconds());
     let mut own = vec![
         condition("PodReadyToStartContainers", inputs.has_sandbox, None, None),
-        initialized(&inputs, &phase),
-        ready(&inputs, &phase),
-        containers_ready(&inputs, &phase, "ContainersReady"),
+        initialized(&inputs, &shown),
+        ready(&inputs, &shown),
+        containers_ready(&inputs, &shown, "ContainersReady"),
         condition("PodScheduled", true, None, None),
     ];
     let disruption = inputs.old.conditions.iter().flatten().find(|c| c.type_ == "DisruptionTarget").cloned();
@@ -301,7 +306,9 @@ pub fn generate(inputs: Inputs<'_>) -> PodStatus {
 /// A change of status as a strategic merge patch: only what differs, and what a merge would leave is deleted by key.
 pub fn patch(uid: &str, old: &PodStatus, new: &PodStatus) -> Option<serde_json::Value> {
     use serde_json::{Map, Value, json};
-    let (Ok(Value::Object(old)), Ok(Value::Object(new))) = (serde_json::to_value(old), serde_json::to_value(new)) else {
+    let (Ok(Value::Object(old)), Ok(Value::Object(new))) =
+        (serde_json::to_value(old), serde_json::to_value(new))
+    else {
         return None;
     };
     let mut changed = Map::new();
@@ -343,7 +350,9 @@ fn null_missing(
 ) -> Vec<serde_json::Value> {
     for item in &mut items {
         let old = before.iter().find(|b| b[merge_key] == item[merge_key]);
-        let (Some(old), Some(item)) = (old.and_then(|o| o.as_object()), item.as_object_mut()) else { continue };
+        let (Some(old), Some(item)) = (old.and_then(|o| o.as_object()), item.as_object_mut()) else {
+            continue;
+        };
         if item.contains_key("$patch") {
             continue;
         }
@@ -364,11 +373,13 @@ mod tests {
             "run" => (json!({"running": {}}), json!({})),
             "ok" => (json!({"terminated": {"exitCode": 0}}), json!({})),
             "bad" => (json!({"terminated": {"exitCode": 1}}), json!({})),
-            "back" => (json!({"waiting": {"reason": "CrashLoopBackOff"}}), json!({"terminated": {"exitCode": 1}})),
+            "back" => {
+                (json!({"waiting": {"reason": "CrashLoopBackOff"}}), json!({"terminated": {"exitCode": 1}}))
+            }
             _ => (json!({"waiting": {}}), json!({})),
         };
         serde_json::from_value(json!({"name": name, "image": "", "imageID": "", "restartCount": 0,
-            "ready": kind == "run" || name.starts_with('i') && kind == "ok", "started": kind == "run",
+            "ready": kind == "run" && !name.starts_with('i') || name.starts_with('i') && kind == "ok", "started": kind == "run",
             "state": state, "lastState": last}))
         .unwrap()
     }
@@ -385,6 +396,7 @@ mod tests {
             ephemeral: vec![],
             has_sandbox: true,
             is_terminal: false,
+            may_run: false,
             has_started_main: states.iter().any(|(n, k)| n.starts_with('m') && *k == "run"),
             pod_ips: vec![],
             host_ips: vec![],
@@ -442,7 +454,10 @@ mod tests {
         let get = |s: &PodStatus, kind: &str| {
             s.conditions.iter().flatten().find(|c| c.type_ == kind).cloned().unwrap()
         };
-        assert_eq!(get(&first, "Initialized").message.as_deref(), Some("containers with incomplete status: [i1]"));
+        assert_eq!(
+            get(&first, "Initialized").message.as_deref(),
+            Some("containers with incomplete status: [i1]")
+        );
         assert_eq!(get(&first, "Ready").message.as_deref(), Some("containers with unready status: [m]"));
         assert_eq!(first.observed_generation, Some(3));
         let past = Time(jiff::Timestamp::from_second(5).unwrap());
@@ -455,9 +470,31 @@ mod tests {
         let change = patch("u", &old, &second).unwrap();
         assert_eq!(change["metadata"]["uid"], "u");
         assert_eq!(change["status"]["phase"], "Running");
-        let ready = change["status"]["conditions"].as_array().unwrap().iter().find(|c| c["type"] == "Ready").unwrap();
-        assert!(ready["message"].is_null() && ready.get("message").is_some(), "a merge would keep the message");
+        let ready =
+            change["status"]["conditions"].as_array().unwrap().iter().find(|c| c["type"] == "Ready").unwrap();
+        assert!(
+            ready["message"].is_null() && ready.get("message").is_some(),
+            "a merge would keep the message"
+        );
         assert!(patch("u", &second, &second).is_none());
+    }
+
+    #[test]
+    fn an_end_waits_for_what_still_runs() {
+        let (pod, old) =
+            (pod("Always", &["m"]), PodStatus { phase: Some("Running".into()), ..PodStatus::default() });
+        let mut late = inputs(&pod, &old, &[("m", "run")]);
+        late.verdict = Some(("DeadlineExceeded".into(), "late".into()));
+        late.may_run = true;
+        let made = generate(late);
+        assert_eq!((made.phase.as_deref(), made.reason), (Some("Running"), None));
+        let mut over = inputs(&pod, &old, &[("m", "bad")]);
+        over.verdict = Some(("DeadlineExceeded".into(), "late".into()));
+        let made = generate(over);
+        assert_eq!(
+            (made.phase.as_deref(), made.reason.as_deref()),
+            (Some("Failed"), Some("DeadlineExceeded"))
+        );
     }
 
     #[test]

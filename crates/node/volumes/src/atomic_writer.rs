@@ -27,7 +27,11 @@ pub type Payload = BTreeMap<String, File>;
 
 /// Makes `target` hold just `payload`; `set_owner` is called on the new set before it is shown. Returns whether
 /// anything changed.
-pub fn write(target: &Path, payload: &Payload, set_owner: impl Fn(&Path) -> io::Result<()>) -> io::Result<bool> {
+pub fn write(
+    target: &Path,
+    payload: &Payload,
+    set_owner: impl Fn(&Path) -> io::Result<()>,
+) -> io::Result<bool> {
     for path in payload.keys() {
         check_path(path)?;
     }
@@ -174,7 +178,11 @@ mod tests {
         assert_eq!(fs::metadata(dir.path().join("d/b")).unwrap().permissions().mode() & 0o777, 0o400);
         let first = fs::read_link(dir.path().join("..data")).unwrap();
         assert!(!write(dir.path(), &payload(&[("a", "1", 0o644), ("d/b", "2", 0o400)]), nothing).unwrap());
-        assert_eq!(fs::read_link(dir.path().join("..data")).unwrap(), first, "nothing changed, nothing written");
+        assert_eq!(
+            fs::read_link(dir.path().join("..data")).unwrap(),
+            first,
+            "nothing changed, nothing written"
+        );
         assert!(write(dir.path(), &payload(&[("a", "3", 0o644)]), nothing).unwrap());
         assert_eq!(fs::read_to_string(dir.path().join("a")).unwrap(), "3");
         assert!(!dir.path().join("d").exists() && !dir.path().join(first).exists());

@@ -104,7 +104,9 @@ mod tests {
 
     #[test]
     fn metadata_fields() {
-        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "n", "labels": {"b": "2", "a": "x\ny"}}})).unwrap();
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata": {"name": "n", "labels": {"b": "2", "a": "x\ny"}}}))
+                .unwrap();
         let cases = [
             ("metadata.name", Some("n")),
             ("metadata.labels", Some("a=\"x\\ny\"\nb=\"2\"")),

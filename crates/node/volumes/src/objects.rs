@@ -3,7 +3,11 @@
 //! Upstream counterpart: pkg/kubelet/util/manager/watch_based_manager.go and pkg/kubelet/token. A node may only watch
 //! single objects that its pods name, so each gets a watch of its own (`metadata.name=x`), kept while a pod of this node
 //! uses it. Until a watch has its first list, a read asks the server. Bounded by what the node's pods name.
+//!
+//! Unlike upstream, what was last seen is also kept on disk (mode 0600) while a pod uses it, so that a node that reboots
+//! without its server can start its pods; it is read only when the server cannot be reached.
 use std::collections::{BTreeSet, HashMap};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,7 +43,12 @@ pub trait PodObjects: Send + Sync {
     async fn config_map(&self, namespace: &str, name: &str) -> Result<Arc<ConfigMap>, FetchError>;
     async fn secret(&self, namespace: &str, name: &str) -> Result<Arc<Secret>, FetchError>;
     /// A token of the pod's service account, bound to the pod.
-    async fn token(&self, pod: &Pod, audience: Option<&str>, expiration_seconds: i64) -> Result<Token, FetchError>;
+    async fn token(
+        &self,
+        pod: &Pod,
+        audience: Option<&str>,
+        expiration_seconds: i64,
+    ) -> Result<Token, FetchError>;
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -78,6 +87,7 @@ struct Inner {
     watched: Mutex<HashMap<Reference, Watched>>,
     tokens: Mutex<HashMap<(String, String, i64), CachedToken>>,
     on_change: Mutex<Option<OnChange>>,
+    last_known: Mutex<Option<PathBuf>>,
 }
 
 impl ObjectWatches {
@@ -87,7 +97,15 @@ impl ObjectWatches {
             watched: Mutex::default(),
             tokens: Mutex::default(),
             on_change: Mutex::default(),
+            last_known: Mutex::default(),
         }))
+    }
+
+    /// Keeps what was last seen in that folder.
+    #[must_use]
+    pub fn with_last_known(self, folder: PathBuf) -> Self {
+        *self.0.last_known.lock() = Some(folder);
+        self
     }
 
     /// Calls `handler` with the UID of each pod that uses an object that changed.
@@ -112,7 +130,7 @@ impl ObjectWatches {
             });
             entry.users.insert(uid.clone());
         }
-        drop_unused(&mut watched);
+        self.0.forget(drop_unused(&mut watched));
     }
 
     /// Forgets what only that pod used.
@@ -121,8 +139,11 @@ impl ObjectWatches {
         for entry in watched.values_mut() {
             entry.users.remove(uid);
         }
-        drop_unused(&mut watched);
+        self.0.forget(drop_unused(&mut watched));
         self.0.tokens.lock().retain(|(pod, _, _), _| pod != uid);
+        if let Some(folder) = &*self.0.last_known.lock() {
+            let _ = std::fs::remove_dir_all(folder.join("tokens").join(uid));
+        }
     }
 
     /// How many objects are followed.
@@ -140,13 +161,22 @@ impl ObjectWatches {
     }
 }
 
-fn drop_unused(watched: &mut HashMap<Reference, Watched>) {
-    watched.retain(|_, entry| {
-        if entry.users.is_empty() {
+fn drop_unused(watched: &mut HashMap<Reference, Watched>) -> Vec<Reference> {
+    let unused: Vec<Reference> =
+        watched.iter().filter(|(_, entry)| entry.users.is_empty()).map(|(r, _)| r.clone()).collect();
+    for reference in &unused {
+        if let Some(entry) = watched.remove(reference) {
             entry.task.iter().for_each(AbortHandle::abort);
         }
-        !entry.users.is_empty()
-    });
+    }
+    unused
+}
+
+impl Reference {
+    fn file(&self) -> PathBuf {
+        let kind = if self.is_secret { "secrets" } else { "configmaps" };
+        PathBuf::from(kind).join(format!("{}_{}.json", self.namespace, self.name))
+    }
 }
 
 /// All ConfigMaps and Secrets that a pod's spec names.
@@ -245,7 +275,57 @@ mod serde_object {
 }
 
 impl Inner {
+    fn remember(&self, file: &std::path::Path, content: &[u8]) {
+        let Some(folder) = self.last_known.lock().clone() else { return };
+        let path = folder.join(file);
+        if std::fs::read(&path).is_ok_and(|there| there == content) {
+            return;
+        }
+        let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+        if let Err(error) = made.and_then(|()| sampan_world::files::write_atomic(&path, content, 0o600)) {
+            tracing::warn!(%error, "keeping what a pod uses");
+        }
+    }
+
+    fn recall(&self, file: &std::path::Path) -> Option<Vec<u8>> {
+        let folder = self.last_known.lock().clone()?;
+        std::fs::read(folder.join(file)).ok()
+    }
+
+    fn forget(&self, references: Vec<Reference>) {
+        let Some(folder) = self.last_known.lock().clone() else { return };
+        for reference in references {
+            let _ = std::fs::remove_file(folder.join(reference.file()));
+        }
+    }
+
+    /// What the server says, else (where it cannot be reached) what it said last.
+    fn settle<K>(&self, reference: &Reference, answer: Result<K, kube::Error>) -> Result<Arc<K>, FetchError>
+    where
+        K: serde_object::Read,
+    {
+        let kind = if reference.is_secret { "secret" } else { "configmap" };
+        match answer {
+            Ok(object) => Ok(Arc::new(object)),
+            Err(error) if !matches!(error, kube::Error::Api(_)) => {
+                let known =
+                    self.recall(&reference.file()).and_then(|bytes| serde_json::from_slice(&bytes).ok());
+                known.map(Arc::new).ok_or_else(|| failed(kind, &reference.namespace, &reference.name, error))
+            }
+            Err(error) => Err(failed(kind, &reference.namespace, &reference.name, error)),
+        }
+    }
+
     fn changed(&self, reference: &Reference, now: Option<Held>) {
+        let content = match &now {
+            Some(Held::ConfigMap(object)) => serde_json::to_vec(&**object).ok(),
+            Some(Held::Secret(object)) => serde_json::to_vec(&**object).ok(),
+            None => None,
+        };
+        match content {
+            Some(content) => self.remember(&reference.file(), &content),
+            None => self.forget(vec![reference.clone()]),
+        }
         let users = {
             let mut watched = self.watched.lock();
             let Some(entry) = watched.get_mut(reference) else { return };
@@ -261,7 +341,9 @@ impl Inner {
 
 fn failed(kind: &'static str, namespace: &str, name: &str, error: kube::Error) -> FetchError {
     match error {
-        kube::Error::Api(status) if status.code == 404 => FetchError::NotFound { kind, name: name.to_string() },
+        kube::Error::Api(status) if status.code == 404 => {
+            FetchError::NotFound { kind, name: name.to_string() }
+        }
         error => FetchError::Failed { kind, key: format!("{namespace}/{name}"), message: error.to_string() },
     }
 }
@@ -273,7 +355,8 @@ impl PodObjects for ObjectWatches {
             return Ok(object);
         }
         let api: Api<ConfigMap> = Api::namespaced(self.0.client.clone(), namespace);
-        api.get(name).await.map(Arc::new).map_err(|e| failed("configmap", namespace, name, e))
+        let reference = Reference { is_secret: false, namespace: namespace.into(), name: name.into() };
+        self.0.settle(&reference, api.get(name).await)
     }
 
     async fn secret(&self, namespace: &str, name: &str) -> Result<Arc<Secret>, FetchError> {
@@ -281,10 +364,16 @@ impl PodObjects for ObjectWatches {
             return Ok(object);
         }
         let api: Api<Secret> = Api::namespaced(self.0.client.clone(), namespace);
-        api.get(name).await.map(Arc::new).map_err(|e| failed("secret", namespace, name, e))
+        let reference = Reference { is_secret: true, namespace: namespace.into(), name: name.into() };
+        self.0.settle(&reference, api.get(name).await)
     }
 
-    async fn token(&self, pod: &Pod, audience: Option<&str>, expiration_seconds: i64) -> Result<Token, FetchError> {
+    async fn token(
+        &self,
+        pod: &Pod,
+        audience: Option<&str>,
+        expiration_seconds: i64,
+    ) -> Result<Token, FetchError> {
         let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
         let uid = pod.uid().unwrap_or_default();
         let key = (uid.clone(), audience.unwrap_or_default().to_string(), expiration_seconds);
@@ -309,17 +398,31 @@ impl PodObjects for ObjectWatches {
             ..TokenRequest::default()
         };
         let api: Api<ServiceAccount> = Api::namespaced(self.0.client.clone(), &namespace);
-        let answer = api
-            .create_token_request(account, &PostParams::default(), &request)
-            .await
-            .map_err(|e| failed("token", &namespace, account, e))?;
+        let file =
+            PathBuf::from("tokens").join(&key.0).join(format!("{}_{}", key.1.replace('/', "_"), key.2));
+        let answer = match api.create_token_request(account, &PostParams::default(), &request).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                let known = match &error {
+                    kube::Error::Api(_) => None,
+                    _ => self.0.recall(&file).and_then(|bytes| String::from_utf8(bytes).ok()),
+                };
+                // asked for again soon: it may be too old already
+                let refresh_after = Duration::from_secs(60);
+                return known
+                    .map(|token| Token { token, refresh_after })
+                    .ok_or_else(|| failed("token", &namespace, account, error));
+            }
+        };
         let status = answer.status.unwrap_or_default();
         let token = status.token.unwrap_or_default();
         // upstream asks again when 80 % of the time is over, at the latest after a day
-        let lifetime = status.expiration_timestamp.map(|t| t.0.duration_since(clock::now()).as_secs()).unwrap_or(0);
+        let lifetime =
+            status.expiration_timestamp.map(|t| t.0.duration_since(clock::now()).as_secs()).unwrap_or(0);
         let seconds = u64::try_from(lifetime).unwrap_or(0).saturating_mul(4) / 5;
         let refresh_after = Duration::from_secs(seconds.clamp(10, 86_400));
         let refresh_at = clock::now().saturating_add(refresh_after).unwrap_or(clock::now());
+        self.0.remember(&file, token.as_bytes());
         self.0.tokens.lock().insert(key, CachedToken { token: token.clone(), refresh_at });
         Ok(Token { token, refresh_after })
     }
@@ -328,6 +431,22 @@ impl PodObjects for ObjectWatches {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_was_last_known_counts_where_the_server_is_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let service = tower::service_fn(|_: http::Request<kube::client::Body>| async {
+            Err::<http::Response<kube::client::Body>, _>(std::io::Error::other("away"))
+        });
+        let watches = ObjectWatches::new(Client::new(service, "default")).with_last_known(dir.path().into());
+        assert!(matches!(watches.config_map("ns", "a").await, Err(FetchError::Failed { .. })));
+        let object: ConfigMap = serde_json::from_value(serde_json::json!({"data": {"k": "v"}})).unwrap();
+        let reference = Reference { is_secret: false, namespace: "ns".into(), name: "a".into() };
+        watches.0.changed(&reference, Some(Held::ConfigMap(Arc::new(object))));
+        assert_eq!(watches.config_map("ns", "a").await.unwrap().data.as_ref().unwrap()["k"], "v");
+        watches.0.changed(&reference, None);
+        assert!(watches.config_map("ns", "a").await.is_err());
+    }
 
     #[test]
     fn finds_every_reference() {

@@ -33,7 +33,12 @@ impl VolumeHost {
     /// The UIDs that have a folder on this node.
     pub fn pods_on_disk(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.root.join("pods"));
-        entries.into_iter().flatten().flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect()
+        entries
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.file_name().to_string_lossy().into_owned())
+            .collect()
     }
 
     /// Sets up every volume of the pod. Errors are per volume and complete: all that can be set up is.

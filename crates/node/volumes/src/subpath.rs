@@ -52,7 +52,9 @@ fn open_beneath(volume: &Path, subpath: &Path) -> io::Result<OwnedFd> {
 
 fn escape(error: Errno, subpath: &Path) -> io::Error {
     match error {
-        Errno::XDEV | Errno::LOOP => io::Error::other(format!("subpath {} leads out of its volume", subpath.display())),
+        Errno::XDEV | Errno::LOOP => {
+            io::Error::other(format!("subpath {} leads out of its volume", subpath.display()))
+        }
         error => error.into(),
     }
 }
@@ -89,7 +91,10 @@ fn by_descriptor(fd: &OwnedFd) -> PathBuf {
 pub fn prepare(volume: &Path, subpath: &str, target: &Path) -> io::Result<PathBuf> {
     let subpath = Path::new(subpath);
     if subpath.is_absolute() || subpath.components().any(|c| matches!(c, Component::ParentDir)) {
-        return Err(io::Error::other(format!("subPath {} must be relative and without ..", subpath.display())));
+        return Err(io::Error::other(format!(
+            "subPath {} must be relative and without ..",
+            subpath.display()
+        )));
     }
     let fd = open_beneath(volume, subpath)?;
     crate::mounts::unmount_below(target)?;
@@ -122,8 +127,14 @@ mod tests {
         std::os::unix::fs::symlink("../secret", volume.join("up")).unwrap();
         std::os::unix::fs::symlink("/etc", volume.join("absolute")).unwrap();
         std::os::unix::fs::symlink("sub/real", volume.join("inside")).unwrap();
-        let cases =
-            [("sub", true), ("new/deep/folder", true), ("inside", true), ("up", false), ("absolute", false), ("absolute/x", false)];
+        let cases = [
+            ("sub", true),
+            ("new/deep/folder", true),
+            ("inside", true),
+            ("up", false),
+            ("absolute", false),
+            ("absolute/x", false),
+        ];
         for (path, ok) in cases {
             assert_eq!(open_beneath(&volume, Path::new(path)).is_ok(), ok, "{path}");
         }

@@ -5,7 +5,7 @@ use http::HeaderMap;
 use sampan_client::Identity;
 
 use super::{ANONYMOUS, UNAUTHENTICATED};
-use crate::authz::{Attributes, Authorizer};
+use crate::authz::Attributes;
 use crate::query::percent_decode;
 use crate::status::Status;
 
@@ -29,17 +29,6 @@ struct Wish {
 pub struct Impersonation {
     pub identity: Identity,
     pub checks: Vec<Attributes>,
-}
-
-/// Whom the caller acts as; `None` when it acts as itself.
-pub fn impersonated(
-    headers: &HeaderMap,
-    user: &Identity,
-    authorizer: &Authorizer,
-) -> Result<Option<Identity>, Status> {
-    let Some(Impersonation { identity, checks }) = requested(headers, user)? else { return Ok(None) };
-    checks.iter().try_for_each(|check| authorizer.check(check))?;
-    Ok(Some(identity))
 }
 
 /// What the headers ask for, not yet allowed.
@@ -153,7 +142,7 @@ fn wishes(headers: &HeaderMap) -> Result<Vec<Wish>, Status> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::authz::{node::NodeAuthorizer, rbac::Rbac};
+    use crate::authz::{Authorizer, node::NodeAuthorizer, rbac::Rbac};
     use http::{HeaderName, HeaderValue};
 
     fn headers(list: &[(&'static str, &'static str)]) -> HeaderMap {
@@ -165,11 +154,23 @@ mod tests {
         headers
     }
 
+    /// As the handler does it.
+    fn impersonated(
+        headers: &HeaderMap,
+        user: &Identity,
+        authorizer: &Authorizer,
+    ) -> Result<Option<Identity>, Status> {
+        let Some(Impersonation { identity, checks }) = requested(headers, user)? else { return Ok(None) };
+        checks.iter().try_for_each(|check| authorizer.check(check))?;
+        Ok(Some(identity))
+    }
+
     #[test]
     fn groups_follow_the_user() {
         let authorizer = Authorizer { node: NodeAuthorizer::detached(), rbac: Rbac::detached() };
         let admin = Identity::loopback();
-        let cases: [(&[(&str, &str)], &str, &str); 4] = [
+        type Headers = &'static [(&'static str, &'static str)];
+        let cases: [(Headers, &str, &str); 4] = [
             (&[(USER, "jane")], "jane", "system:authenticated"),
             (&[(USER, "jane"), (GROUP, "a"), (GROUP, "b")], "jane", "a,b,system:authenticated"),
             (

@@ -24,6 +24,7 @@ use crate::status::{Result, Status, success};
 use crate::storage;
 use crate::write::text;
 
+const DELETE_OPTIONS: &str = "DeleteOptions";
 const ORPHAN: &str = "orphan";
 const FOREGROUND: &str = "foregroundDeletion";
 /// A delete that keeps losing the race gives up after so many rounds.
@@ -59,14 +60,7 @@ impl DeleteOptions {
         }
         let ty =
             codec::meta_type("DeleteOptions").ok_or_else(|| Status::internal("no type DeleteOptions"))?;
-        let mut expected = Expected { group: "", version: "v1", kind: "DeleteOptions", ty };
-        // The options may come as of the resource's own group and version, or of meta.k8s.io.
-        let stated: Value = serde_json::from_slice(bytes).unwrap_or_default();
-        let stated = stated.get("apiVersion").and_then(Value::as_str).unwrap_or("v1");
-        let (group, version) = stated.split_once('/').unwrap_or(("", stated));
-        if codec::type_of(group, version, "DeleteOptions").is_some() || group == "meta.k8s.io" {
-            (expected.group, expected.version) = (group, version);
-        }
+        let expected = Expected { group: "", version: "v1", kind: DELETE_OPTIONS, ty };
         let value = codec::read(call, bytes, &expected, FieldValidation::Ignore)?;
         Self::from_value(&value)
     }
@@ -268,10 +262,10 @@ fn mark(object: &mut Value, is_namespace: bool) {
     let now = clock::now_seconds();
     let meta = &mut object["metadata"];
     let set = meta.get("deletionTimestamp").and_then(Value::as_str).and_then(|t| t.parse::<Timestamp>().ok());
-    if set.is_none() {
-        if let Some(generation) = meta.get("generation").and_then(Value::as_i64).filter(|g| *g > 0) {
-            meta["generation"] = (generation + 1).into();
-        }
+    if set.is_none()
+        && let Some(generation) = meta.get("generation").and_then(Value::as_i64).filter(|g| *g > 0)
+    {
+        meta["generation"] = (generation + 1).into();
     }
     if set.is_none_or(|set| set > now) {
         meta["deletionTimestamp"] = now.to_string().into();

@@ -40,7 +40,8 @@ pub fn desired_annotation(set: &ReplicaSet) -> Option<i32> {
 
 /// maxSurge and maxUnavailable as numbers; both zero would get nowhere, so then one may be unavailable.
 fn fence_posts(deployment: &Deployment) -> (i32, i32) {
-    let rolling = deployment.spec.as_ref().and_then(|s| s.strategy.as_ref()).and_then(|s| s.rolling_update.as_ref());
+    let rolling =
+        deployment.spec.as_ref().and_then(|s| s.strategy.as_ref()).and_then(|s| s.rolling_update.as_ref());
     let quarter = IntOrString::String("25%".to_string());
     let total = replicas(deployment);
     let surge = rolling.and_then(|r| r.max_surge.as_ref()).unwrap_or(&quarter);
@@ -159,7 +160,11 @@ pub(super) mod tests {
     use super::*;
     use serde_json::json;
 
-    pub(crate) fn deployment(replicas: i32, surge: serde_json::Value, unavailable: serde_json::Value) -> Deployment {
+    pub(crate) fn deployment(
+        replicas: i32,
+        surge: serde_json::Value,
+        unavailable: serde_json::Value,
+    ) -> Deployment {
         serde_json::from_value(json!({
             "metadata": {"name": "d", "namespace": "ns", "uid": "d-uid", "generation": 1},
             "spec": {"replicas": replicas, "selector": {"matchLabels": {"app": "a"}},

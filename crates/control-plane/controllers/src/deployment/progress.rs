@@ -17,7 +17,12 @@ pub fn condition<'a>(status: &'a DeploymentStatus, kind: &str) -> Option<&'a Dep
     status.conditions.as_ref()?.iter().find(|c| c.type_ == kind)
 }
 
-pub fn new_condition(kind: &str, status: &str, reason: &str, message: impl Into<String>) -> DeploymentCondition {
+pub fn new_condition(
+    kind: &str,
+    status: &str,
+    reason: &str,
+    message: impl Into<String>,
+) -> DeploymentCondition {
     let now = Time(clock::now_seconds());
     DeploymentCondition {
         type_: kind.into(),
@@ -111,7 +116,9 @@ pub fn calculate_status(deployment: &Deployment, sets: &ReplicaSets) -> Deployme
 /// All wanted replicas are updated and available, and no old ones are left.
 pub fn is_complete(deployment: &Deployment, status: &DeploymentStatus) -> bool {
     let wanted = replicas(deployment);
-    [status.updated_replicas, status.replicas, status.available_replicas].iter().all(|n| n.unwrap_or(0) == wanted)
+    [status.updated_replicas, status.replicas, status.available_replicas]
+        .iter()
+        .all(|n| n.unwrap_or(0) == wanted)
         && status.observed_generation >= deployment.metadata.generation
 }
 
@@ -157,9 +164,13 @@ pub fn rollout_status(deployment: &Deployment, sets: &ReplicaSets, now: Timestam
         };
         if is_complete(deployment, &status) {
             let message = format!("{who} has successfully progressed.");
-            set_condition(&mut status, new_condition("Progressing", "True", "NewReplicaSetAvailable", message));
+            set_condition(
+                &mut status,
+                new_condition("Progressing", "True", "NewReplicaSetAvailable", message),
+            );
         } else if is_progressing(&before, &status) {
-            let mut new = new_condition("Progressing", "True", "ReplicaSetUpdated", format!("{who} is progressing."));
+            let mut new =
+                new_condition("Progressing", "True", "ReplicaSetUpdated", format!("{who} is progressing."));
             if let Some(current) = current.filter(|c| c.status == "True") {
                 new.last_transition_time = current.last_transition_time.clone();
             }
@@ -168,7 +179,10 @@ pub fn rollout_status(deployment: &Deployment, sets: &ReplicaSets, now: Timestam
             set_condition(&mut status, new);
         } else if is_timed_out(deployment, &status, now) {
             let message = format!("{who} has timed out progressing.");
-            set_condition(&mut status, new_condition("Progressing", "False", "ProgressDeadlineExceeded", message));
+            set_condition(
+                &mut status,
+                new_condition("Progressing", "False", "ProgressDeadlineExceeded", message),
+            );
         }
     }
     match replica_failure(sets) {
@@ -180,7 +194,11 @@ pub fn rollout_status(deployment: &Deployment, sets: &ReplicaSets, now: Timestam
 
 /// The failure of the new replica set, else of an old one.
 fn replica_failure(sets: &ReplicaSets) -> Option<DeploymentCondition> {
-    let conditions = sets.new.iter().chain(&sets.old).flat_map(|s| s.status.iter().flat_map(|s| s.conditions.iter().flatten()));
+    let conditions = sets
+        .new
+        .iter()
+        .chain(&sets.old)
+        .flat_map(|s| s.status.iter().flat_map(|s| s.conditions.iter().flatten()));
     conditions.into_iter().find(|c| c.type_ == "ReplicaFailure").map(|c| DeploymentCondition {
         type_: "ReplicaFailure".into(),
         status: c.status.clone(),
@@ -216,7 +234,9 @@ pub fn paused_condition(deployment: &Deployment) -> Option<DeploymentCondition> 
     let paused = deployment.spec.as_ref().and_then(|s| s.paused) == Some(true);
     match (paused, reason) {
         (_, Some("ProgressDeadlineExceeded")) | (true, Some("DeploymentPaused")) => None,
-        (true, _) => Some(new_condition("Progressing", "Unknown", "DeploymentPaused", "Deployment is paused")),
+        (true, _) => {
+            Some(new_condition("Progressing", "Unknown", "DeploymentPaused", "Deployment is paused"))
+        }
         (false, Some("DeploymentPaused")) => {
             Some(new_condition("Progressing", "Unknown", "DeploymentResumed", "Deployment is resumed"))
         }
@@ -236,7 +256,9 @@ mod tests {
         d.spec.as_mut().unwrap().progress_deadline_seconds = Some(10);
         let sets = |available| ReplicaSets { new: Some(set("new", 2, available)), old: Vec::new() };
         let now = clock::now_seconds();
-        let reason = |s: &DeploymentStatus| condition(s, "Progressing").and_then(|c| c.reason.clone()).unwrap_or_default();
+        let reason = |s: &DeploymentStatus| {
+            condition(s, "Progressing").and_then(|c| c.reason.clone()).unwrap_or_default()
+        };
         let status = rollout_status(&d, &sets(1), now);
         assert_eq!(reason(&status), "ReplicaSetUpdated");
         assert_eq!(condition(&status, "Available").unwrap().status, "False");

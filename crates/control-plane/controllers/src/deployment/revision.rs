@@ -92,7 +92,9 @@ fn annotate(deployment: &Deployment, set: &mut ReplicaSet, new_revision: i64, ex
 fn longer_history(history: &str, revision: &str) -> Option<String> {
     let mut revisions: Vec<&str> = history.split(',').filter(|r| !r.is_empty()).collect();
     revisions.push(revision);
-    while revisions.len() > 1 && revisions.iter().map(|r| r.len() + 1).sum::<usize>() > REVISION_HISTORY_CHARS + 1 {
+    while revisions.len() > 1
+        && revisions.iter().map(|r| r.len() + 1).sum::<usize>() > REVISION_HISTORY_CHARS + 1
+    {
         revisions.remove(0);
     }
     let joined = revisions.join(",");
@@ -109,7 +111,10 @@ fn make_new(deployment: &Deployment, revision: i64, old: &[ReplicaSet]) -> Optio
     metadata.labels.get_or_insert_with(BTreeMap::new).insert(POD_TEMPLATE_HASH.to_string(), hash.clone());
     let labels = metadata.labels.clone();
     let mut selector = spec.selector.clone();
-    selector.match_labels.get_or_insert_with(BTreeMap::new).insert(POD_TEMPLATE_HASH.to_string(), hash.clone());
+    selector
+        .match_labels
+        .get_or_insert_with(BTreeMap::new)
+        .insert(POD_TEMPLATE_HASH.to_string(), hash.clone());
     let base: String = name(deployment).chars().take(253 - 1 - hash.len()).collect();
     let mut set = ReplicaSet {
         metadata: ObjectMeta {
@@ -155,7 +160,12 @@ impl DeploymentController {
         Ok(sets)
     }
 
-    async fn existing(&self, deployment: &mut Deployment, new: ReplicaSet, next: i64) -> Result<ReplicaSet, SyncError> {
+    async fn existing(
+        &self,
+        deployment: &mut Deployment,
+        new: ReplicaSet,
+        next: i64,
+    ) -> Result<ReplicaSet, SyncError> {
         let mut set = new;
         let annotated = annotate(deployment, &mut set, next, true);
         let min_ready = deployment.spec.as_ref().and_then(|s| s.min_ready_seconds);
@@ -167,13 +177,17 @@ impl DeploymentController {
             let api = self.sets_api(deployment);
             return Ok(api.replace(name(&set), &PostParams::default(), &set).await?);
         }
-        let own = set.metadata.annotations.as_ref().and_then(|a| a.get(REVISION)).cloned().unwrap_or_default();
+        let own =
+            set.metadata.annotations.as_ref().and_then(|a| a.get(REVISION)).cloned().unwrap_or_default();
         let mut changed = set_revision(deployment, &own);
         let has_deadline = progress::has_deadline(deployment);
         let status = deployment.status.get_or_insert_with(DeploymentStatus::default);
         if has_deadline && progress::condition(status, "Progressing").is_none() {
             let message = format!("Found new replica set \"{}\"", name(&set));
-            progress::set_condition(status, progress::new_condition("Progressing", "True", "FoundNewReplicaSet", message));
+            progress::set_condition(
+                status,
+                progress::new_condition("Progressing", "True", "FoundNewReplicaSet", message),
+            );
             changed = true;
         }
         if changed {
@@ -190,9 +204,12 @@ impl DeploymentController {
     ) -> Result<Option<ReplicaSet>, SyncError> {
         let Some(wanted) = make_new(deployment, next, old) else { return Ok(None) };
         let size = super::arithmetic::size(&wanted);
-        let (created, existed) = match self.sets_api(deployment).create(&PostParams::default(), &wanted).await {
+        let (created, existed) = match self.sets_api(deployment).create(&PostParams::default(), &wanted).await
+        {
             Ok(created) => (created, false),
-            Err(e) if api_error::is_already_exists(&e) => (self.collided(deployment, &wanted, e).await?, true),
+            Err(e) if api_error::is_already_exists(&e) => {
+                (self.collided(deployment, &wanted, e).await?, true)
+            }
             Err(e) if api_error::is_namespace_terminating(&e) => return Err(e.into()),
             Err(e) => {
                 self.creation_failed(deployment, &wanted, &e).await;
@@ -207,7 +224,10 @@ impl DeploymentController {
         if !existed && progress::has_deadline(deployment) {
             let message = format!("Created new replica set \"{}\"", name(&created));
             let condition = progress::new_condition("Progressing", "True", "NewReplicaSetCreated", message);
-            progress::set_condition(deployment.status.get_or_insert_with(DeploymentStatus::default), condition);
+            progress::set_condition(
+                deployment.status.get_or_insert_with(DeploymentStatus::default),
+                condition,
+            );
             changed = true;
         }
         if changed {
@@ -237,10 +257,15 @@ impl DeploymentController {
     }
 
     async fn creation_failed(&self, deployment: &mut Deployment, wanted: &ReplicaSet, error: &kube::Error) {
-        let message = format!("Failed to create new replica set \"{}\": {}", name(wanted), api_error::message(error));
+        let message =
+            format!("Failed to create new replica set \"{}\": {}", name(wanted), api_error::message(error));
         if progress::has_deadline(deployment) {
-            let condition = progress::new_condition("Progressing", "False", "ReplicaSetCreateError", message.clone());
-            progress::set_condition(deployment.status.get_or_insert_with(DeploymentStatus::default), condition);
+            let condition =
+                progress::new_condition("Progressing", "False", "ReplicaSetCreateError", message.clone());
+            progress::set_condition(
+                deployment.status.get_or_insert_with(DeploymentStatus::default),
+                condition,
+            );
             // the creation's error is what is reported and retried
             let _ = self.write_status(deployment).await;
         }
@@ -257,7 +282,8 @@ mod tests {
     #[test]
     fn a_new_set_is_recognised_and_annotated() {
         let mut d = deployment(3, json!(1), json!(0));
-        d.metadata.annotations = Some([("a".to_string(), "b".to_string()), (REVISION.into(), "7".into())].into());
+        d.metadata.annotations =
+            Some([("a".to_string(), "b".to_string()), (REVISION.into(), "7".into())].into());
         let set = make_new(&d, 8, &[]).unwrap();
         let annotations = set.metadata.annotations.clone().unwrap();
         assert_eq!((annotations["a"].as_str(), annotations[REVISION].as_str()), ("b", "8"));

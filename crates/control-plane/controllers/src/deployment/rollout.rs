@@ -6,8 +6,8 @@ use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use kube::api::{DeleteParams, PostParams};
 
 use super::arithmetic::{
-    DESIRED_REPLICAS, MAX_REPLICAS, available, is_saturated, max_scaled_down, max_surge, max_unavailable, new_size,
-    proportional_sizes, replicas, scaled_down, size, sizes, strategy, without_unhealthy,
+    DESIRED_REPLICAS, MAX_REPLICAS, available, is_saturated, max_scaled_down, max_surge, max_unavailable,
+    new_size, proportional_sizes, replicas, scaled_down, size, sizes, strategy, without_unhealthy,
 };
 use super::revision::revision;
 use super::{DeploymentController, ReplicaSets, progress};
@@ -16,7 +16,11 @@ use crate::controller_ref::{is_deleting, name, uid};
 use crate::{api_error, pod_state};
 
 impl DeploymentController {
-    pub(super) async fn rolling_update(&self, deployment: &mut Deployment, sets: Vec<ReplicaSet>) -> SyncResult {
+    pub(super) async fn rolling_update(
+        &self,
+        deployment: &mut Deployment,
+        sets: Vec<ReplicaSet>,
+    ) -> SyncResult {
         let mut sets = self.with_revisions(deployment, sets, true).await?;
         let Some(new) = sets.new.as_ref() else { return Ok(()) };
         let target = match size(new) {
@@ -93,7 +97,11 @@ impl DeploymentController {
 
     fn old_pods_running(&self, sets: &ReplicaSets) -> bool {
         let reported = sets.old.iter().any(|s| s.status.as_ref().is_some_and(|s| s.replicas > 0));
-        reported || sets.old.iter().any(|s| self.pods.controlled_by(uid(s)).iter().any(|p| !pod_state::is_terminal(p)))
+        reported
+            || sets
+                .old
+                .iter()
+                .any(|s| self.pods.controlled_by(uid(s)).iter().any(|p| !pod_state::is_terminal(p)))
     }
 
     /// Sets a replica set's size and the annotations that tell what it was made for.
@@ -105,8 +113,10 @@ impl DeploymentController {
         even_if_same: bool,
     ) -> Result<ReplicaSet, SyncError> {
         let wanted = replicas(deployment);
-        let annotations =
-            [(DESIRED_REPLICAS, wanted.to_string()), (MAX_REPLICAS, (wanted + max_surge(deployment)).to_string())];
+        let annotations = [
+            (DESIRED_REPLICAS, wanted.to_string()),
+            (MAX_REPLICAS, (wanted + max_surge(deployment)).to_string()),
+        ];
         let own = set.metadata.annotations.as_ref();
         let annotated = annotations.iter().all(|(k, v)| own.and_then(|a| a.get(*k)) == Some(v));
         let before = size(set);
@@ -164,7 +174,8 @@ impl DeploymentController {
 
     /// Deletes the oldest revisions beyond the limit, as far as they have no pods.
     pub(super) async fn clean_up(&self, deployment: &Deployment, old: &[ReplicaSet]) -> SyncResult {
-        let Some(limit) = deployment.spec.as_ref().and_then(|s| s.revision_history_limit).filter(|l| *l != i32::MAX)
+        let Some(limit) =
+            deployment.spec.as_ref().and_then(|s| s.revision_history_limit).filter(|l| *l != i32::MAX)
         else {
             return Ok(());
         };
@@ -205,11 +216,13 @@ mod tests {
     fn history_keeps_the_newest_and_what_has_pods() {
         let with = |name: &str, revision: &str, size| {
             let mut s = set(name, size, size);
-            s.metadata.annotations = Some([(super::super::revision::REVISION.to_string(), revision.to_string())].into());
+            s.metadata.annotations =
+                Some([(super::super::revision::REVISION.to_string(), revision.to_string())].into());
             s
         };
         let old = [with("c", "3", 0), with("a", "1", 0), with("b", "2", 1)];
-        let names = |limit| beyond_limit(&old, limit).iter().map(|s| name(*s).to_string()).collect::<Vec<_>>();
+        let names =
+            |limit| beyond_limit(&old, limit).iter().map(|s| name(*s).to_string()).collect::<Vec<_>>();
         assert_eq!(names(2), ["a"]);
         assert_eq!(names(0), ["a", "c"]);
         assert!(names(3).is_empty());

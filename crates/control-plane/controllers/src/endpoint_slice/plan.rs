@@ -56,7 +56,7 @@ impl Template {
                 ..ObjectMeta::default()
             },
             address_type: self.address_type.clone(),
-            endpoints,
+            endpoints: Some(endpoints),
             ports: Some(ports),
         }
     }
@@ -106,7 +106,8 @@ pub fn plan(template: &Template, desired: Vec<Desired>, existing: Vec<Arc<Endpoi
         return plan;
     }
     // nothing to hold: one empty slice without ports shows that the service was looked at
-    let is_placeholder = |s: &EndpointSlice| s.endpoints.is_empty() && s.ports.as_ref().is_none_or(Vec::is_empty);
+    let is_placeholder =
+        |s: &EndpointSlice| endpoints_of(s).is_empty() && s.ports.as_ref().is_none_or(Vec::is_empty);
     let placeholder = leftover.iter().position(|s| is_placeholder(s));
     for (i, slice) in leftover.iter().enumerate() {
         if Some(i) != placeholder {
@@ -127,43 +128,49 @@ pub fn plan(template: &Template, desired: Vec<Desired>, existing: Vec<Arc<Endpoi
 
 fn plan_group(template: &Template, group: Desired, existing: Vec<Arc<EndpointSlice>>) -> Plan {
     let mut plan = Plan::default();
-    let mut wanted: BTreeMap<_, Endpoint> = group.endpoints.into_iter().map(|e| (endpoint_id(&e), e)).collect();
-    let mut slices: Vec<(EndpointSlice, bool)> = Vec::new();
+    let mut wanted: BTreeMap<_, Endpoint> =
+        group.endpoints.into_iter().map(|e| (endpoint_id(&e), e)).collect();
+    let mut slices: Vec<(EndpointSlice, Vec<Endpoint>, bool)> = Vec::new();
     for slice in &existing {
         let mut new = (**slice).clone();
-        let keep = |e: Endpoint| {
-            let wanted = wanted.remove(&endpoint_id(&e))?;
-            Some(Endpoint { hints: wanted.hints.clone().or(e.hints), ..wanted })
+        let keep = |e: &Endpoint| {
+            let wanted = wanted.remove(&endpoint_id(e))?;
+            Some(Endpoint { hints: e.hints.clone(), ..wanted })
         };
-        new.endpoints = new.endpoints.into_iter().filter_map(keep).collect();
+        let kept: Vec<Endpoint> = endpoints_of(slice).iter().filter_map(keep).collect();
         template.stamp(&mut new);
-        let changed = new != **slice;
-        slices.push((new, changed));
+        let changed = new != **slice || kept != endpoints_of(slice);
+        slices.push((new, kept, changed));
     }
     let mut rest: Vec<Endpoint> = wanted.into_values().collect();
     // first slices that are written anyway, the fullest first, then the others, then new ones
-    slices.sort_by_key(|(s, changed)| (!changed, std::cmp::Reverse(s.endpoints.len())));
-    for (slice, changed) in &mut slices {
-        let fits_none = slice.endpoints.len() >= template.max_endpoints;
-        if rest.is_empty() || fits_none || (!*changed && slice.endpoints.len() + rest.len() > template.max_endpoints) {
+    slices.sort_by_key(|(_, kept, changed)| (!changed, std::cmp::Reverse(kept.len())));
+    for (_, kept, changed) in &mut slices {
+        let full = kept.len() >= template.max_endpoints;
+        if rest.is_empty() || full || (!*changed && kept.len() + rest.len() > template.max_endpoints) {
             continue;
         }
-        let room = (template.max_endpoints - slice.endpoints.len()).min(rest.len());
-        slice.endpoints.extend(rest.drain(..room));
+        let room = (template.max_endpoints - kept.len()).min(rest.len());
+        kept.extend(rest.drain(..room));
         *changed = true;
     }
     while !rest.is_empty() {
         let endpoints = rest.drain(..rest.len().min(template.max_endpoints)).collect();
         plan.create.push(template.slice(group.ports.clone(), endpoints));
     }
-    for (slice, changed) in slices {
-        match changed {
-            _ if slice.endpoints.is_empty() => plan.delete.push(name(&slice).to_string()),
-            true => plan.update.push(slice),
-            false => {}
+    for (mut slice, kept, changed) in slices {
+        if kept.is_empty() {
+            plan.delete.push(name(&slice).to_string());
+        } else if changed {
+            slice.endpoints = Some(kept);
+            plan.update.push(slice);
         }
     }
     plan
+}
+
+fn endpoints_of(slice: &EndpointSlice) -> &[Endpoint] {
+    slice.endpoints.as_deref().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -204,7 +211,7 @@ mod tests {
     fn slices_fill_stay_and_go() {
         let t = template(2);
         let first = plan(&t, desired(&["1", "2", "3"]), Vec::new());
-        assert_eq!(first.create.iter().map(|s| s.endpoints.len()).collect::<Vec<_>>(), [2, 1]);
+        assert_eq!(first.create.iter().map(|s| endpoints_of(s).len()).collect::<Vec<_>>(), [2, 1]);
         let existing: Vec<_> =
             first.create.into_iter().enumerate().map(|(i, s)| stored(s, &format!("s{i}"))).collect();
         let same = plan(&t, desired(&["1", "2", "3"]), existing.clone());

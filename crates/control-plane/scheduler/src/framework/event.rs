@@ -17,7 +17,8 @@ pub struct NodeChange {
 
 impl NodeChange {
     pub fn between(old: &Node, new: &Node) -> Self {
-        let allocatable = |n: &Node| n.status.as_ref().and_then(|s| s.allocatable.clone()).unwrap_or_default();
+        let allocatable =
+            |n: &Node| n.status.as_ref().and_then(|s| s.allocatable.clone()).unwrap_or_default();
         let taints = |n: &Node| n.spec.as_ref().and_then(|s| s.taints.clone()).unwrap_or_default();
         let unschedulable = |n: &Node| n.spec.as_ref().and_then(|s| s.unschedulable) == Some(true);
         Self {
@@ -57,22 +58,40 @@ impl PodChange {
 #[derive(Clone, Debug)]
 pub enum ClusterEvent {
     NodeAdded(Arc<Node>),
-    NodeUpdated { old: Arc<Node>, new: Arc<Node>, change: NodeChange },
+    NodeUpdated {
+        old: Arc<Node>,
+        new: Arc<Node>,
+        change: NodeChange,
+    },
     NodeDeleted(Arc<Node>),
     /// Of a pod that has a node.
     AssignedPodAdded(Arc<PodInfo>),
-    AssignedPodUpdated { old: Arc<PodInfo>, new: Arc<PodInfo>, change: PodChange },
+    AssignedPodUpdated {
+        old: Arc<PodInfo>,
+        new: Arc<PodInfo>,
+        change: PodChange,
+    },
     /// Also of a pod that gave back what it was assumed or nominated to have.
     AssignedPodDeleted(Arc<PodInfo>),
     /// Of a pod without a node: only itself is concerned.
-    PodUpdated { old: Arc<PodInfo>, new: Arc<PodInfo>, change: PodChange },
+    PodUpdated {
+        old: Arc<PodInfo>,
+        new: Arc<PodInfo>,
+        change: PodChange,
+    },
     /// Claims, volumes or storage classes changed in this namespace ("" is everywhere).
-    StorageChanged { namespace: String },
+    StorageChanged {
+        namespace: String,
+    },
     NamespaceChanged,
     /// The platforms of this image are known, or asking took too long.
-    PlatformsAnswered { image: String },
+    PlatformsAnswered {
+        image: String,
+    },
     /// The pod with that UID should be looked at again.
-    Activate { uid: Arc<str> },
+    Activate {
+        uid: Arc<str>,
+    },
     /// The pod waited for too long.
     Timeout,
 }

@@ -97,7 +97,8 @@ impl PodInfo {
             terms.into_iter().flatten().map(|t| AffinityTerm::of(t, &namespace, 0)).collect()
         };
         let preferred = |terms: Option<&Vec<WeightedPodAffinityTerm>>| -> Vec<AffinityTerm> {
-            let parse = |t: &WeightedPodAffinityTerm| AffinityTerm::of(&t.pod_affinity_term, &namespace, t.weight);
+            let parse =
+                |t: &WeightedPodAffinityTerm| AffinityTerm::of(&t.pod_affinity_term, &namespace, t.weight);
             terms.into_iter().flatten().map(parse).collect()
         };
         Arc::new(Self {

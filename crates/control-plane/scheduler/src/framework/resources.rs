@@ -145,7 +145,8 @@ mod tests {
         assert_eq!(requests.memory_bytes, 1 << 30);
         assert_eq!(requests.scalar_of("example.com/gpu"), 2);
         assert_eq!(non_zero_requests(&spec), (3050, 1 << 30));
-        let spec: PodSpec = serde_json::from_value(json!({"containers": [{"name": "a"}, {"name": "b"}]})).unwrap();
+        let spec: PodSpec =
+            serde_json::from_value(json!({"containers": [{"name": "a"}, {"name": "b"}]})).unwrap();
         assert_eq!(non_zero_requests(&spec), (200, 400 << 20));
     }
 }

@@ -4,7 +4,9 @@
 //! A selector that cannot be parsed matches nothing.
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm, PodSpec, PreferredSchedulingTerm};
+use k8s_openapi::api::core::v1::{
+    Node, NodeSelectorRequirement, NodeSelectorTerm, PodSpec, PreferredSchedulingTerm,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 
 pub type Labels = BTreeMap<String, String>;
@@ -208,8 +210,10 @@ mod tests {
             json!({"metadata": {"name": "n", "labels": {"arch": "arm64", "cores": "4"}}}),
         )
         .unwrap();
-        let required = |terms: Value| json!({"containers": [], "affinity": {"nodeAffinity":
-            {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}});
+        let required = |terms: Value| {
+            json!({"containers": [], "affinity": {"nodeAffinity":
+            {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}})
+        };
         let expression = |key: &str, operator: &str, values: Value| {
             required(json!([{"matchExpressions": [{"key": key, "operator": operator, "values": values}]}]))
         };
@@ -226,8 +230,18 @@ mod tests {
             (expression("cores", "Gt", json!(["a"])), false),
             (required(json!([])), false),
             (required(json!([{}])), false),
-            (required(json!([{"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n"]}]}])), true),
-            (required(json!([{"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["n"]}]}])), false),
+            (
+                required(
+                    json!([{"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n"]}]}]),
+                ),
+                true,
+            ),
+            (
+                required(
+                    json!([{"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["n"]}]}]),
+                ),
+                false,
+            ),
         ] {
             let text = spec.to_string();
             let spec: PodSpec = serde_json::from_value(spec).unwrap();

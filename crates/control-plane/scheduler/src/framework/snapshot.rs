@@ -67,7 +67,8 @@ impl Snapshot {
         }
         platforms.iter_mut().for_each(|(_, names)| names.sort());
         let longest = zones.values().map(Vec::len).max().unwrap_or(0);
-        self.nodes = (0..longest).flat_map(|i| zones.values().filter_map(move |z| z.get(i).cloned())).collect();
+        self.nodes =
+            (0..longest).flat_map(|i| zones.values().filter_map(move |z| z.get(i).cloned())).collect();
         self.index = self.nodes.iter().enumerate().map(|(i, n)| (n.name.clone(), i)).collect();
         self.platforms = platforms;
         self.with_affinity.clear();

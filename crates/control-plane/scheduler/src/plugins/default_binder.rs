@@ -21,7 +21,7 @@ impl Plugin for DefaultBinder {
     fn name(&self) -> &'static str {
         DESCRIPTOR.name
     }
-    fn bind(&self) -> Option<&dyn Bind> {
+    fn as_bind(&self) -> Option<&dyn Bind> {
         Some(self)
     }
 }

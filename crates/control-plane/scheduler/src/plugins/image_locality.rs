@@ -3,10 +3,13 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use crate::framework::{Cycle, CycleState, MAX_NODE_SCORE, NodeInfo, Plugin, PodInfo, PreScore, Score, Verdict};
+use crate::framework::{
+    Cycle, CycleState, MAX_NODE_SCORE, NodeInfo, Plugin, PodInfo, PreScore, Score, Verdict,
+};
 use crate::plugins::Descriptor;
 
-pub const DESCRIPTOR: Descriptor = Descriptor { name: "ImageLocality", weight: 1, new: |_| Box::new(ImageLocality) };
+pub const DESCRIPTOR: Descriptor =
+    Descriptor { name: "ImageLocality", weight: 1, new: |_| Box::new(ImageLocality) };
 
 const MB: i64 = 1024 * 1024;
 /// Smaller sums count as nothing.
@@ -32,16 +35,22 @@ impl Plugin for ImageLocality {
     fn name(&self) -> &'static str {
         DESCRIPTOR.name
     }
-    fn pre_score(&self) -> Option<&dyn PreScore> {
+    fn as_pre_score(&self) -> Option<&dyn PreScore> {
         Some(self)
     }
-    fn score(&self) -> Option<&dyn Score> {
+    fn as_score(&self) -> Option<&dyn Score> {
         Some(self)
     }
 }
 
 impl PreScore for ImageLocality {
-    fn pre_score(&self, cx: &Cycle<'_>, state: &mut CycleState, pod: &PodInfo, _: &[Arc<NodeInfo>]) -> Verdict {
+    fn pre_score(
+        &self,
+        cx: &Cycle<'_>,
+        state: &mut CycleState,
+        pod: &PodInfo,
+        _: &[Arc<NodeInfo>],
+    ) -> Verdict {
         let spec = pod.spec();
         let init = spec.init_containers.as_deref().unwrap_or_default();
         let of_containers = init.iter().chain(&spec.containers).filter_map(|c| c.image.as_deref());

@@ -2,15 +2,16 @@
 //! Upstream counterpart: pkg/scheduler/framework/plugins/nodeaffinity.
 use std::sync::Arc;
 
+use crate::framework::NodeNames;
 use crate::framework::selector::{PreferredNodeAffinity, RequiredNodeAffinity};
 use crate::framework::{
     ClusterEvent, Cycle, CycleState, Filter, NodeInfo, Plugin, PodInfo, PreFilter, PreScore, Score, Verdict,
     default_normalize,
 };
-use crate::framework::NodeNames;
 use crate::plugins::Descriptor;
 
-pub const DESCRIPTOR: Descriptor = Descriptor { name: "NodeAffinity", weight: 2, new: |_| Box::new(NodeAffinity) };
+pub const DESCRIPTOR: Descriptor =
+    Descriptor { name: "NodeAffinity", weight: 2, new: |_| Box::new(NodeAffinity) };
 
 struct NodeAffinity;
 
@@ -34,16 +35,16 @@ impl Plugin for NodeAffinity {
             _ => false,
         }
     }
-    fn pre_filter(&self) -> Option<&dyn PreFilter> {
+    fn as_pre_filter(&self) -> Option<&dyn PreFilter> {
         Some(self)
     }
-    fn filter(&self) -> Option<&dyn Filter> {
+    fn as_filter(&self) -> Option<&dyn Filter> {
         Some(self)
     }
-    fn pre_score(&self) -> Option<&dyn PreScore> {
+    fn as_pre_score(&self) -> Option<&dyn PreScore> {
         Some(self)
     }
-    fn score(&self) -> Option<&dyn Score> {
+    fn as_score(&self) -> Option<&dyn Score> {
         Some(self)
     }
 }
@@ -69,7 +70,12 @@ fn named_nodes(pod: &PodInfo) -> Option<NodeNames> {
 }
 
 impl PreFilter for NodeAffinity {
-    fn pre_filter(&self, _cx: &Cycle<'_>, state: &mut CycleState, pod: &PodInfo) -> (Verdict, Option<NodeNames>) {
+    fn pre_filter(
+        &self,
+        _cx: &Cycle<'_>,
+        state: &mut CycleState,
+        pod: &PodInfo,
+    ) -> (Verdict, Option<NodeNames>) {
         let required = RequiredNodeAffinity::of(pod.spec());
         if required.is_empty() {
             return (Verdict::Skip, None);
@@ -94,7 +100,13 @@ impl Filter for NodeAffinity {
 }
 
 impl PreScore for NodeAffinity {
-    fn pre_score(&self, _: &Cycle<'_>, state: &mut CycleState, pod: &PodInfo, _: &[Arc<NodeInfo>]) -> Verdict {
+    fn pre_score(
+        &self,
+        _: &Cycle<'_>,
+        state: &mut CycleState,
+        pod: &PodInfo,
+        _: &[Arc<NodeInfo>],
+    ) -> Verdict {
         let affinity = pod.spec().affinity.as_ref().and_then(|a| a.node_affinity.as_ref());
         let terms = affinity.and_then(|a| a.preferred_during_scheduling_ignored_during_execution.as_deref());
         let preferred = PreferredNodeAffinity::of(terms.unwrap_or_default());
@@ -125,8 +137,11 @@ mod tests {
     fn names_in_every_term_narrow_the_search() {
         let by_name = |names: &[&str]| json!({"matchFields": [{"key": "metadata.name", "operator": "In", "values": names}]});
         let with = |terms: serde_json::Value| {
-            pod("p", json!({"spec": {"containers": [], "affinity": {"nodeAffinity": {
-                "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}}}))
+            pod(
+                "p",
+                json!({"spec": {"containers": [], "affinity": {"nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}}}),
+            )
         };
         let names = |list: &[&str]| Some(list.iter().map(|n| n.to_string()).collect::<NodeNames>());
         assert_eq!(named_nodes(&with(json!([by_name(&["a"]), by_name(&["b"])]))), names(&["a", "b"]));
@@ -136,14 +151,18 @@ mod tests {
 
     #[test]
     fn preferred_terms_add_up() {
-        let pod = pod("p", json!({"spec": {"containers": [], "affinity": {"nodeAffinity": {
+        let pod = pod(
+            "p",
+            json!({"spec": {"containers": [], "affinity": {"nodeAffinity": {
             "preferredDuringSchedulingIgnoredDuringExecution": [
                 {"weight": 10, "preference": {"matchExpressions": [{"key": "kubernetes.io/arch", "operator": "In", "values": ["arm64"]}]}},
-                {"weight": 5, "preference": {"matchExpressions": [{"key": "ssd", "operator": "Exists"}]}}]}}}}));
+                {"weight": 5, "preference": {"matchExpressions": [{"key": "ssd", "operator": "Exists"}]}}]}}}}),
+        );
         let snapshot = crate::framework::Snapshot::default();
         let mut state = CycleState::default();
         assert!(NodeAffinity.pre_score(&Cycle { snapshot: &snapshot }, &mut state, &pod, &[]).is_success());
-        let both = node_info("n", json!({"metadata": {"labels": {"kubernetes.io/arch": "arm64", "ssd": ""}}}));
+        let both =
+            node_info("n", json!({"metadata": {"labels": {"kubernetes.io/arch": "arm64", "ssd": ""}}}));
         assert_eq!(NodeAffinity.score(&state, &pod, &both), 15);
         assert_eq!(NodeAffinity.score(&state, &pod, &node_info("m", json!({}))), 0);
     }

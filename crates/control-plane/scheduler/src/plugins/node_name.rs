@@ -1,5 +1,5 @@
 //! A pod that names its node runs only there. Upstream counterpart: pkg/scheduler/framework/plugins/nodename.
-use crate::framework::{ClusterEvent, Filter, NodeInfo, Plugin, PodInfo, CycleState, Verdict};
+use crate::framework::{ClusterEvent, CycleState, Filter, NodeInfo, Plugin, PodInfo, Verdict};
 use crate::plugins::Descriptor;
 
 pub const DESCRIPTOR: Descriptor = Descriptor { name: "NodeName", weight: 0, new: |_| Box::new(NodeName) };
@@ -13,7 +13,7 @@ impl Plugin for NodeName {
     fn may_help(&self, _pod: &PodInfo, event: &ClusterEvent) -> bool {
         matches!(event, ClusterEvent::NodeAdded(_))
     }
-    fn filter(&self) -> Option<&dyn Filter> {
+    fn as_filter(&self) -> Option<&dyn Filter> {
         Some(self)
     }
 }

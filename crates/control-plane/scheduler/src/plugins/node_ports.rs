@@ -1,6 +1,8 @@
 //! Two pods cannot take the same port of a node. Upstream counterpart: pkg/scheduler/framework/plugins/nodeports.
 use crate::framework::NodeNames;
-use crate::framework::{ClusterEvent, Cycle, CycleState, Filter, NodeInfo, Plugin, PodInfo, PreFilter, Verdict};
+use crate::framework::{
+    ClusterEvent, Cycle, CycleState, Filter, NodeInfo, Plugin, PodInfo, PreFilter, Verdict,
+};
 use crate::plugins::Descriptor;
 
 pub const DESCRIPTOR: Descriptor = Descriptor { name: "NodePorts", weight: 0, new: |_| Box::new(NodePorts) };
@@ -20,10 +22,10 @@ impl Plugin for NodePorts {
             _ => false,
         }
     }
-    fn pre_filter(&self) -> Option<&dyn PreFilter> {
+    fn as_pre_filter(&self) -> Option<&dyn PreFilter> {
         Some(self)
     }
-    fn filter(&self) -> Option<&dyn Filter> {
+    fn as_filter(&self) -> Option<&dyn Filter> {
         Some(self)
     }
 }
@@ -51,7 +53,8 @@ mod tests {
 
     #[test]
     fn ports_conflict_by_address_protocol_and_number() {
-        let taking = |port: Value| pod("p", json!({"spec": {"containers": [{"name": "c", "ports": [port]}]}}));
+        let taking =
+            |port: Value| pod("p", json!({"spec": {"containers": [{"name": "c", "ports": [port]}]}}));
         let mut node = node_info("n", json!({}));
         node.add_pod(taking(json!({"containerPort": 1, "hostPort": 80, "hostIP": "10.0.0.1"})));
         for (port, wanted) in [

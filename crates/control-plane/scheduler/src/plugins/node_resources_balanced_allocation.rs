@@ -2,7 +2,9 @@
 //! Upstream counterpart: balanced_allocation.go in pkg/scheduler/framework/plugins/noderesources.
 use std::sync::Arc;
 
-use crate::framework::{Cycle, CycleState, MAX_NODE_SCORE, NodeInfo, Plugin, PodInfo, PreScore, Score, Verdict};
+use crate::framework::{
+    Cycle, CycleState, MAX_NODE_SCORE, NodeInfo, Plugin, PodInfo, PreScore, Score, Verdict,
+};
 use crate::plugins::Descriptor;
 
 pub const DESCRIPTOR: Descriptor = Descriptor {
@@ -17,10 +19,10 @@ impl Plugin for NodeResourcesBalancedAllocation {
     fn name(&self) -> &'static str {
         DESCRIPTOR.name
     }
-    fn pre_score(&self) -> Option<&dyn PreScore> {
+    fn as_pre_score(&self) -> Option<&dyn PreScore> {
         Some(self)
     }
-    fn score(&self) -> Option<&dyn Score> {
+    fn as_score(&self) -> Option<&dyn Score> {
         Some(self)
     }
 }

@@ -4,7 +4,11 @@
 //! Deliberate difference: requests are the spec's; resizes in place and dynamic resources are not counted.
 use std::borrow::Cow;
 
-use crate::framework::{ClusterEvent, CycleState, Filter, MAX_NODE_SCORE, NodeInfo, Plugin, PodInfo, Score, Verdict};
+use k8s_openapi::api::core::v1::Node;
+
+use crate::framework::{
+    ClusterEvent, CycleState, Filter, MAX_NODE_SCORE, NodeInfo, Plugin, PodInfo, Score, Verdict,
+};
 use crate::plugins::Descriptor;
 
 pub const DESCRIPTOR: Descriptor =
@@ -42,23 +46,25 @@ impl Plugin for NodeResourcesFit {
         DESCRIPTOR.name
     }
     fn may_help(&self, pod: &PodInfo, event: &ClusterEvent) -> bool {
-        let fits_empty = |node: &std::sync::Arc<_>| insufficient(pod, &NodeInfo::of(node.clone())).0.is_empty();
+        let fits_empty =
+            |node: &std::sync::Arc<Node>| insufficient(pod, &NodeInfo::of(node.clone())).0.is_empty();
         match event {
             ClusterEvent::AssignedPodDeleted(_) => true,
             ClusterEvent::AssignedPodUpdated { change, .. } => change.scaled_down,
             ClusterEvent::PodUpdated { new, change, .. } => change.scaled_down && new.uid == pod.uid,
             ClusterEvent::NodeAdded(node) => fits_empty(node),
             ClusterEvent::NodeUpdated { old, new, change } if change.allocatable => {
-                let (old, now) = (NodeInfo::of(old.clone()).allocatable, NodeInfo::of(new.clone()).allocatable);
+                let (old, now) =
+                    (NodeInfo::of(old.clone()).allocatable, NodeInfo::of(new.clone()).allocatable);
                 fits_empty(new) && (now.pods > old.pods || now.exceeds_anywhere(&old))
             }
             _ => false,
         }
     }
-    fn filter(&self) -> Option<&dyn Filter> {
+    fn as_filter(&self) -> Option<&dyn Filter> {
         Some(self)
     }
-    fn score(&self) -> Option<&dyn Score> {
+    fn as_score(&self) -> Option<&dyn Score> {
         Some(self)
     }
 }
@@ -119,7 +125,11 @@ mod tests {
             ),
         ] {
             let text = requests.to_string();
-            assert_eq!(NodeResourcesFit.filter(&CycleState::default(), &asking(requests), &node), wanted, "{text}");
+            assert_eq!(
+                NodeResourcesFit.filter(&CycleState::default(), &asking(requests), &node),
+                wanted,
+                "{text}"
+            );
         }
         node.add_pod(pod("q", json!({})));
         let verdict = NodeResourcesFit.filter(&CycleState::default(), &asking(json!({})), &node);
@@ -128,7 +138,8 @@ mod tests {
 
     #[test]
     fn emptier_nodes_score_higher() {
-        let node = node_info("n", json!({"status": {"allocatable": {"cpu": "4", "memory": "10000", "pods": "9"}}}));
+        let node =
+            node_info("n", json!({"status": {"allocatable": {"cpu": "4", "memory": "10000", "pods": "9"}}}));
         let pod = asking(json!({"cpu": "3", "memory": "5000"}));
         assert_eq!(NodeResourcesFit.score(&CycleState::default(), &pod, &node), (25 + 50) / 2);
     }

@@ -38,7 +38,7 @@ impl Plugin for NodeUnschedulable {
             _ => false,
         }
     }
-    fn filter(&self) -> Option<&dyn Filter> {
+    fn as_filter(&self) -> Option<&dyn Filter> {
         Some(self)
     }
 }

@@ -16,14 +16,15 @@ impl Plugin for SchedulingGates {
     fn may_help(&self, pod: &PodInfo, event: &ClusterEvent) -> bool {
         matches!(event, ClusterEvent::PodUpdated { new, change, .. } if change.gates_gone && new.uid == pod.uid)
     }
-    fn pre_enqueue(&self) -> Option<&dyn PreEnqueue> {
+    fn as_pre_enqueue(&self) -> Option<&dyn PreEnqueue> {
         Some(self)
     }
 }
 
 impl PreEnqueue for SchedulingGates {
     fn pre_enqueue(&self, pod: &PodInfo) -> Verdict {
-        let gates: Vec<&str> = pod.spec().scheduling_gates.iter().flatten().map(|g| g.name.as_str()).collect();
+        let gates: Vec<&str> =
+            pod.spec().scheduling_gates.iter().flatten().map(|g| g.name.as_str()).collect();
         if gates.is_empty() {
             return Verdict::Success;
         }

@@ -3,7 +3,9 @@
 use k8s_openapi::api::core::v1::{Node, Taint, Toleration};
 use std::sync::Arc;
 
-use crate::framework::{ClusterEvent, CycleState, Filter, NodeInfo, Plugin, PodInfo, Score, Verdict, default_normalize};
+use crate::framework::{
+    ClusterEvent, CycleState, Filter, NodeInfo, Plugin, PodInfo, Score, Verdict, default_normalize,
+};
 use crate::plugins::Descriptor;
 
 pub const DESCRIPTOR: Descriptor =
@@ -48,16 +50,18 @@ impl Plugin for TaintToleration {
         match event {
             ClusterEvent::NodeAdded(node) => untolerated(taints(node), pod).is_none(),
             ClusterEvent::NodeUpdated { old, new, change } => {
-                change.taints && untolerated(taints(old), pod).is_some() && untolerated(taints(new), pod).is_none()
+                change.taints
+                    && untolerated(taints(old), pod).is_some()
+                    && untolerated(taints(new), pod).is_none()
             }
             ClusterEvent::PodUpdated { new, change, .. } => change.tolerations && new.uid == pod.uid,
             _ => false,
         }
     }
-    fn filter(&self) -> Option<&dyn Filter> {
+    fn as_filter(&self) -> Option<&dyn Filter> {
         Some(self)
     }
-    fn score(&self) -> Option<&dyn Score> {
+    fn as_score(&self) -> Option<&dyn Score> {
         Some(self)
     }
 }
@@ -91,16 +95,32 @@ mod tests {
     #[test]
     fn tolerations_cover_taints_as_upstream() {
         for (toleration, taint, wanted) in [
-            (json!({"key": "a", "operator": "Exists"}), json!({"key": "a", "value": "x", "effect": "NoSchedule"}), true),
-            (json!({"key": "a", "value": "x"}), json!({"key": "a", "value": "x", "effect": "NoExecute"}), true),
-            (json!({"key": "a", "value": "y"}), json!({"key": "a", "value": "x", "effect": "NoExecute"}), false),
+            (
+                json!({"key": "a", "operator": "Exists"}),
+                json!({"key": "a", "value": "x", "effect": "NoSchedule"}),
+                true,
+            ),
+            (
+                json!({"key": "a", "value": "x"}),
+                json!({"key": "a", "value": "x", "effect": "NoExecute"}),
+                true,
+            ),
+            (
+                json!({"key": "a", "value": "y"}),
+                json!({"key": "a", "value": "x", "effect": "NoExecute"}),
+                false,
+            ),
             (json!({"operator": "Exists"}), json!({"key": "a", "effect": "NoSchedule"}), true),
             (
                 json!({"key": "a", "operator": "Exists", "effect": "NoExecute"}),
                 json!({"key": "a", "effect": "NoSchedule"}),
                 false,
             ),
-            (json!({"key": "b", "operator": "Exists"}), json!({"key": "a", "effect": "PreferNoSchedule"}), true),
+            (
+                json!({"key": "b", "operator": "Exists"}),
+                json!({"key": "a", "effect": "PreferNoSchedule"}),
+                true,
+            ),
         ] {
             let text = format!("{toleration} {taint}");
             let pod = pod("p", json!({"spec": {"containers": [], "tolerations": [toleration]}}));

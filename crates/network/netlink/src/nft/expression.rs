@@ -1,6 +1,4 @@
 //! The expressions that rules are made of; a rule is a list of them, which ends where one does not match.
-use std::net::Ipv4Addr;
-
 use super::{Element, Set, Verdict};
 use crate::message::Message;
 
@@ -27,27 +25,69 @@ pub enum Expression {
     /// Bits of connection tracking's state: 2 established, 4 related, 8 new (1 invalid).
     ConnectionState(Register),
     /// The kernel's type of the destination (2 is local), or of the source.
-    AddressType { of_source: bool, into: Register },
+    AddressType {
+        of_source: bool,
+        into: Register,
+    },
     /// `and` and `xor` over as many bytes as the two have.
-    Bits { register: Register, and: Vec<u8>, xor: Vec<u8> },
+    Bits {
+        register: Register,
+        and: Vec<u8>,
+        xor: Vec<u8>,
+    },
     /// Goes on when the register's first bytes are these, or are not.
-    Compare { register: Register, equal: bool, with: Vec<u8> },
+    Compare {
+        register: Register,
+        equal: bool,
+        with: Vec<u8>,
+    },
     /// A random number below the bound.
-    Random { below: u32, into: Register },
+    Random {
+        below: u32,
+        into: Register,
+    },
     /// Goes on when the set has what is in the register, or has it not.
-    InSet { set: String, key: Register, inverted: bool },
+    InSet {
+        set: String,
+        key: Register,
+        inverted: bool,
+    },
     /// The same in a set of the rule's own.
-    InOwnSet { set: Set, elements: Vec<Element>, key: Register },
+    InOwnSet {
+        set: Set,
+        elements: Vec<Element>,
+        key: Register,
+    },
     /// Goes on with the map's value when it has the key.
-    FromMap { map: String, key: Register, into: Register },
-    FromOwnMap { map: Set, elements: Vec<Element>, key: Register, into: Register },
+    FromMap {
+        map: String,
+        key: Register,
+        into: Register,
+    },
+    FromOwnMap {
+        map: Set,
+        elements: Vec<Element>,
+        key: Register,
+        into: Register,
+    },
     /// Ends with the verdict that the map has for the key.
-    VerdictFrom { map: String, key: Register },
+    VerdictFrom {
+        map: String,
+        key: Register,
+    },
     /// Puts key and value into a dynamic map, or makes the element young again.
-    Remember { map: String, key: Register, value: Register, seconds: u32 },
+    Remember {
+        map: String,
+        key: Register,
+        value: Register,
+        seconds: u32,
+    },
     Verdict(Verdict),
     /// Translates the destination to the address, and the port in the register after it.
-    Dnat { address: Register, port: Register },
+    Dnat {
+        address: Register,
+        port: Register,
+    },
     Masquerade,
     /// ICMP port unreachable.
     Reject,
@@ -55,26 +95,26 @@ pub enum Expression {
 
 /// The `nft` idioms that take several expressions.
 pub mod matches {
-    use super::{Expression, Ipv4Addr, Register};
+    use super::{Expression, Register};
+    use crate::Cidr;
 
     const SCRATCH: Register = Register(0);
 
-    fn in_range(load: Expression, ip: Ipv4Addr, prefix_bits: u8, equal: bool) -> Vec<Expression> {
-        let mask = u32::MAX.checked_shl(32 - u32::from(prefix_bits.min(32))).unwrap_or(0);
-        let network = u32::from(ip) & mask;
+    fn in_range(load: Expression, range: Cidr, equal: bool) -> Vec<Expression> {
+        let mask = !(u32::from(range.last()) ^ u32::from(range.network()));
         vec![
             load,
             Expression::Bits { register: SCRATCH, and: mask.to_be_bytes().to_vec(), xor: vec![0; 4] },
-            Expression::Compare { register: SCRATCH, equal, with: network.to_be_bytes().to_vec() },
+            Expression::Compare { register: SCRATCH, equal, with: range.network().octets().to_vec() },
         ]
     }
 
-    pub fn source(ip: Ipv4Addr, prefix_bits: u8, equal: bool) -> Vec<Expression> {
-        in_range(Expression::SourceIp(SCRATCH), ip, prefix_bits, equal)
+    pub fn source(range: Cidr, equal: bool) -> Vec<Expression> {
+        in_range(Expression::SourceIp(SCRATCH), range, equal)
     }
 
-    pub fn destination(ip: Ipv4Addr, prefix_bits: u8, equal: bool) -> Vec<Expression> {
-        in_range(Expression::DestinationIp(SCRATCH), ip, prefix_bits, equal)
+    pub fn destination(range: Cidr, equal: bool) -> Vec<Expression> {
+        in_range(Expression::DestinationIp(SCRATCH), range, equal)
     }
 
     /// The destination, or the source, is an address of this machine.
@@ -152,7 +192,11 @@ impl Expression {
     fn name(&self) -> &'static str {
         match self {
             Self::SourceIp(_) | Self::DestinationIp(_) | Self::DestinationPort(_) => "payload",
-            Self::Protocol(_) | Self::Mark(_) | Self::SetMark(_) | Self::InputName(_) | Self::OutputName(_) => "meta",
+            Self::Protocol(_)
+            | Self::Mark(_)
+            | Self::SetMark(_)
+            | Self::InputName(_)
+            | Self::OutputName(_) => "meta",
             Self::ConnectionState(_) => "ct",
             Self::AddressType { .. } => "fib",
             Self::Bits { .. } => "bitwise",

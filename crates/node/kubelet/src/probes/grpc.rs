@@ -21,7 +21,9 @@ pub async fn probe(host: &str, port: u16, service: &str, timeout: Duration) -> O
     };
     let Ok(stream) = http::connect(host, port, timeout).await else { return no_connection() };
     match tokio::time::timeout(timeout, check(stream, &address, service)).await {
-        Err(_) => Outcome::Failure(format!("timeout: health rpc did not complete within {}s", timeout.as_secs())),
+        Err(_) => {
+            Outcome::Failure(format!("timeout: health rpc did not complete within {}s", timeout.as_secs()))
+        }
         Ok(Ok(SERVING)) => Outcome::Success,
         Ok(Ok(status)) => {
             let name = ["UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"].get(usize::from(status));
@@ -45,10 +47,14 @@ async fn check(stream: tokio::net::TcpStream, address: &str, service: &str) -> R
         let answer = sender.send_request(request).await.map_err(|e| e.to_string())?;
         let (parts, body) = answer.into_parts();
         let body = Limited::new(body, 64 * 1024).collect().await.map_err(|e| e.to_string())?;
-        let status = body.trailers().and_then(|t| t.get("grpc-status")).or(parts.headers.get("grpc-status")).cloned();
+        let status =
+            body.trailers().and_then(|t| t.get("grpc-status")).or(parts.headers.get("grpc-status")).cloned();
         match status.as_ref().and_then(|s| s.to_str().ok()).unwrap_or("0") {
             "0" => Ok(serving_status(&body.to_bytes())),
-            "12" => Err("this server does not implement the grpc health protocol (grpc.health.v1.Health)".to_string()),
+            "12" => {
+                Err("this server does not implement the grpc health protocol (grpc.health.v1.Health)"
+                    .to_string())
+            }
             code => Err(format!("rpc error: code = {code}")),
         }
     }
@@ -59,7 +65,8 @@ async fn check(stream: tokio::net::TcpStream, address: &str, service: &str) -> R
 
 /// One uncompressed frame with a HealthCheckRequest.
 fn message(service: &str) -> Result<Bytes, String> {
-    let length = u8::try_from(service.len()).ok().filter(|l| *l < 126).ok_or("the service's name is too long")?;
+    let length =
+        u8::try_from(service.len()).ok().filter(|l| *l < 126).ok_or("the service's name is too long")?;
     let mut frame = vec![0, 0, 0, 0, 0];
     if length > 0 {
         frame[4] = length + 2;

@@ -31,7 +31,12 @@ pub struct Request {
 }
 
 impl Request {
-    pub fn new(action: &HTTPGetAction, container: &Container, ip: Option<IpAddr>, agent: &str) -> Result<Self, String> {
+    pub fn new(
+        action: &HTTPGetAction,
+        container: &Container,
+        ip: Option<IpAddr>,
+        agent: &str,
+    ) -> Result<Self, String> {
         let host = action.host.clone().filter(|h| !h.is_empty()).or(ip.map(|ip| ip.to_string()));
         let path = action.path.clone().unwrap_or_default();
         let mut headers: Vec<(String, String)> =
@@ -116,7 +121,8 @@ async fn speak<S>(stream: S, request: &Request) -> Result<(u16, String, Option<S
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let handshake = hyper::client::conn::http1::Builder::new().max_buf_size(64 * 1024).handshake(TokioIo::new(stream));
+    let handshake =
+        hyper::client::conn::http1::Builder::new().max_buf_size(64 * 1024).handshake(TokioIo::new(stream));
     let (mut sender, connection) = handshake.await.map_err(|e| e.to_string())?;
     let connection = tokio::spawn(connection);
     let mut builder = http::Request::get(&request.path);
@@ -127,12 +133,16 @@ where
         builder = builder.header(name, value);
     }
     let built = builder.body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
-    let answer = sender.send_request(built).await.map_err(|e| if e.is_incomplete_message() { "EOF".to_string() } else { e.to_string() });
+    let answer = sender
+        .send_request(built)
+        .await
+        .map_err(|e| if e.is_incomplete_message() { "EOF".to_string() } else { e.to_string() });
     let result = match answer {
         Err(error) => Err(error),
         Ok(answer) => {
             let (parts, body) = answer.into_parts();
-            let body = Limited::new(body, BODY_BYTES).collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+            let body =
+                Limited::new(body, BODY_BYTES).collect().await.map(|b| b.to_bytes()).unwrap_or_default();
             let location = parts.headers.get("location").and_then(|l| l.to_str().ok()).map(str::to_string);
             Ok((parts.status.as_u16(), String::from_utf8_lossy(&body).into_owned(), location))
         }
@@ -165,7 +175,9 @@ pub async fn get(request: &Request, timeout: Duration) -> Result<(u16, String), 
 pub async fn probe(request: &Request, timeout: Duration) -> Outcome {
     match get(request, timeout).await {
         Ok((200..=299, _)) => Outcome::Success,
-        Ok((300..=399, body)) => Outcome::Warning(format!("Probe terminated redirects, Response body: {body}")),
+        Ok((300..=399, body)) => {
+            Outcome::Warning(format!("Probe terminated redirects, Response body: {body}"))
+        }
         Ok((status, _)) => Outcome::Failure(format!("HTTP probe failed with statuscode: {status}")),
         Err(error) => Outcome::Failure(error),
     }
@@ -243,13 +255,16 @@ mod tests {
                         "/near" => "302 Found\r\nLocation: /ok\r\n",
                         _ => "500 Oops\r\n",
                     };
-                    let _ = stream.write_all(format!("HTTP/1.1 {answer}Content-Length: 0\r\n\r\n").as_bytes()).await;
+                    let _ = stream
+                        .write_all(format!("HTTP/1.1 {answer}Content-Length: 0\r\n\r\n").as_bytes())
+                        .await;
                 });
             }
         });
         let action = |path: &str, port: u16| -> Request {
             let action: HTTPGetAction =
-                serde_json::from_value(serde_json::json!({"path": path, "port": port, "host": "127.0.0.1"})).unwrap();
+                serde_json::from_value(serde_json::json!({"path": path, "port": port, "host": "127.0.0.1"}))
+                    .unwrap();
             Request::new(&action, &Container::default(), None, "x").unwrap()
         };
         let timeout = Duration::from_secs(5);

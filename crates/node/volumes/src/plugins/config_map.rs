@@ -90,7 +90,8 @@ mod tests {
     #[test]
     fn keys_items_and_modes() {
         let object: ConfigMap =
-            serde_json::from_value(serde_json::json!({"data": {"a": "1"}, "binaryData": {"b": "/w=="}})).unwrap();
+            serde_json::from_value(serde_json::json!({"data": {"a": "1"}, "binaryData": {"b": "/w=="}}))
+                .unwrap();
         let all = payload(&object, None, 0o644, false).unwrap();
         assert_eq!((all["a"].mode, all["b"].content.as_slice()), (0o644, [0xff].as_slice()));
         let item = |key: &str| vec![KeyToPath { key: key.into(), path: "p/q".into(), mode: Some(0o400) }];

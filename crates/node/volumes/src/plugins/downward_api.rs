@@ -32,7 +32,11 @@ impl Plugin for DownwardApi {
 }
 
 /// One file an item.
-pub fn collect(set_up: &SetUp<'_>, items: &[DownwardAPIVolumeFile], default_mode: i32) -> Result<Payload, VolumeError> {
+pub fn collect(
+    set_up: &SetUp<'_>,
+    items: &[DownwardAPIVolumeFile],
+    default_mode: i32,
+) -> Result<Payload, VolumeError> {
     let mut payload = Payload::new();
     for item in items {
         let text = if let Some(field) = &item.field_ref {
@@ -41,15 +45,20 @@ pub fn collect(set_up: &SetUp<'_>, items: &[DownwardAPIVolumeFile], default_mode
         } else if let Some(selector) = &item.resource_field_ref {
             let name = selector.container_name.as_deref().unwrap_or_default();
             let spec = set_up.pod.spec.as_ref();
-            let containers = spec.into_iter().flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
+            let containers =
+                spec.into_iter().flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
             let container = containers
                 .into_iter()
                 .find(|c| c.name == name)
                 .ok_or_else(|| VolumeError::Invalid(format!("container {name} not found")))?;
             let allocatable = set_up.host.allocatable.read();
-            field_path::resource(set_up.pod, container, selector, &allocatable).map_err(VolumeError::Invalid)?
+            field_path::resource(set_up.pod, container, selector, &allocatable)
+                .map_err(VolumeError::Invalid)?
         } else {
-            return Err(VolumeError::Invalid(format!("{}: fieldRef or resourceFieldRef is needed", item.path)));
+            return Err(VolumeError::Invalid(format!(
+                "{}: fieldRef or resourceFieldRef is needed",
+                item.path
+            )));
         };
         let mode = item.mode.unwrap_or(default_mode) as u32;
         payload.insert(item.path.clone(), File { content: text.into_bytes(), mode, owner: None });

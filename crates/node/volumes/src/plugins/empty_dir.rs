@@ -36,7 +36,11 @@ impl Plugin for EmptyDir {
         let is_memory = match source.medium.as_deref().unwrap_or_default() {
             "" => false,
             "Memory" => true,
-            medium => return Err(VolumeError::Invalid(format!("emptyDir medium {medium:?} is not supported by this node"))),
+            medium => {
+                return Err(VolumeError::Invalid(format!(
+                    "emptyDir medium {medium:?} is not supported by this node"
+                )));
+            }
         };
         let mounted = is_memory && mounts::is_mount_point(dir).map_err(fail("looking at"))?;
         if ready.exists() && dir.exists() && (mounted || !is_memory) {
@@ -44,7 +48,8 @@ impl Plugin for EmptyDir {
         }
         fs::create_dir_all(dir).map_err(fail("making"))?;
         if is_memory && !mounted {
-            mounts::tmpfs(dir, size_bytes(&source, set_up)).map_err(fail("mounting a memory file system at"))?;
+            mounts::tmpfs(dir, size_bytes(&source, set_up))
+                .map_err(fail("mounting a memory file system at"))?;
         }
         open_to_all(dir).map_err(fail("setting the mode of"))?;
         ownership::set(dir, set_up.fs_group(), false).map_err(fail("giving the group"))?;

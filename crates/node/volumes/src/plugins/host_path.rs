@@ -31,7 +31,10 @@ impl Plugin for HostPath {
         };
         let path = Path::new(&source.path);
         if path.components().any(|c| matches!(c, std::path::Component::ParentDir)) {
-            return Err(VolumeError::Invalid(format!("invalid HostPath `{}`: must not contain '..'", source.path)));
+            return Err(VolumeError::Invalid(format!(
+                "invalid HostPath `{}`: must not contain '..'",
+                source.path
+            )));
         }
         check(path, source.type_.as_deref().unwrap_or_default())?;
         Ok(Mounted::at(path))
@@ -60,7 +63,10 @@ fn check(path: &Path, kind: &str) -> Result<(), VolumeError> {
     };
     match ok {
         true => Ok(()),
-        false => Err(VolumeError::Invalid(format!("hostPath type check failed: {} is not a {what}", path.display()))),
+        false => Err(VolumeError::Invalid(format!(
+            "hostPath type check failed: {} is not a {what}",
+            path.display()
+        ))),
     }
 }
 

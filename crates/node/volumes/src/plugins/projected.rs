@@ -75,10 +75,7 @@ async fn token(
     // readable by the one who runs, not by everybody
     let mode = if owner.is_some() || set_up.fs_group().is_some() { 0o600 } else { mode as u32 };
     let file = File { content: token.token.into_bytes(), mode, owner };
-    Ok(Collected {
-        payload: [(source.path.clone(), file)].into(),
-        refresh_after: Some(token.refresh_after),
-    })
+    Ok(Collected { payload: [(source.path.clone(), file)].into(), refresh_after: Some(token.refresh_after) })
 }
 
 /// The user that all containers of the pod run as, where it is one.
@@ -103,7 +100,8 @@ pub async fn publish(set_up: &SetUp<'_>, files: &Collected, is_secret: bool) -> 
     }
     fs::set_permissions(dir, fs::Permissions::from_mode(0o777)).map_err(fail("setting the mode of"))?;
     let group = set_up.fs_group();
-    atomic_writer::write(dir, &files.payload, |set| ownership::set(set, group, true)).map_err(fail("writing"))?;
+    atomic_writer::write(dir, &files.payload, |set| ownership::set(set, group, true))
+        .map_err(fail("writing"))?;
     if group.is_some() && !ownership::is_set(dir, group) {
         ownership::set(dir, group, true).map_err(fail("giving the group"))?;
     }
@@ -169,7 +167,10 @@ mod tests {
             let volumes = host.set_up(&pod).await.unwrap();
             let path = volumes.path("all").unwrap();
             let read = |name: &str| std::fs::read_to_string(path.join(name)).unwrap();
-            assert_eq!((read("key"), read("token"), read("labels")), (text.into(), "token for x".into(), "a=\"b\"".into()));
+            assert_eq!(
+                (read("key"), read("token"), read("labels")),
+                (text.into(), "token for x".into(), "a=\"b\"".into())
+            );
             assert_eq!(volumes.refresh_after().map(|d| d.as_secs()), Some(60));
             assert!(volumes.path("scratch").unwrap().is_dir());
         }

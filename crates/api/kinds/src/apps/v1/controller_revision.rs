@@ -19,7 +19,9 @@ fn validate_revision(object: &Value) -> ErrorList {
 fn validate(object: &Value) -> ErrorList {
     let mut errors = validate_revision(object);
     match object.get("data") {
-        None | Some(Value::Null) => errors.push(FieldError::required(&Path::new("data"), "data is mandatory")),
+        None | Some(Value::Null) => {
+            errors.push(FieldError::required(&Path::new("data"), "data is mandatory"))
+        }
         Some(Value::Object(_)) => {}
         Some(_) => errors.push(FieldError::required(&Path::new("data"), "data must be a valid JSON object")),
     }

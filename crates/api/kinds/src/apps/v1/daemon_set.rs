@@ -59,8 +59,7 @@ fn validate_strategy(object: &Value, errors: &mut ErrorList) {
                 return;
             };
             let value = |key: &str| rolling.get(key).cloned().unwrap_or_else(|| 0.into());
-            let values =
-                [("maxUnavailable", value("maxUnavailable")), ("maxSurge", value("maxSurge"))];
+            let values = [("maxUnavailable", value("maxUnavailable")), ("maxSurge", value("maxSurge"))];
             values.iter().for_each(|(key, value)| validate_int_or_percent(value, &at.child(key), errors));
             values.iter().for_each(|(key, value)| not_above_100_percent(value, &at.child(key), errors));
             match values.each_ref().map(|(_, value)| int_or_percent_value(value) != 0) {
@@ -195,7 +194,8 @@ mod tests {
 
     #[test]
     fn template_generation_follows_the_template() {
-        let mut old = json!({"metadata": {"name": "d"}, "spec": {"template": {"spec": {"hostNetwork": true}}}});
+        let mut old =
+            json!({"metadata": {"name": "d"}, "spec": {"template": {"spec": {"hostNetwork": true}}}});
         defaults(&mut old);
         (KIND.rest.prepare_create)(&mut old);
         assert_eq!(old["metadata"]["annotations"][TEMPLATE_GENERATION], "1");
@@ -212,12 +212,25 @@ mod tests {
     #[test]
     fn one_of_surge_and_unavailable() {
         for (surge, unavailable, want) in [
-            (json!(0), json!(0), "spec.updateStrategy.rollingUpdate.maxUnavailable: Required value: cannot be 0 when maxSurge is 0"),
-            (json!(1), json!("5%"), "spec.updateStrategy.rollingUpdate.maxSurge: Invalid value: 1: may not be set when maxUnavailable is non-zero"),
-            (json!("101%"), json!(0), "spec.updateStrategy.rollingUpdate.maxSurge: Invalid value: \"101%\": must not be greater than 100%"),
+            (
+                json!(0),
+                json!(0),
+                "spec.updateStrategy.rollingUpdate.maxUnavailable: Required value: cannot be 0 when maxSurge is 0",
+            ),
+            (
+                json!(1),
+                json!("5%"),
+                "spec.updateStrategy.rollingUpdate.maxSurge: Invalid value: 1: may not be set when maxUnavailable is non-zero",
+            ),
+            (
+                json!("101%"),
+                json!(0),
+                "spec.updateStrategy.rollingUpdate.maxSurge: Invalid value: \"101%\": must not be greater than 100%",
+            ),
         ] {
             let rolling = json!({"maxSurge": surge, "maxUnavailable": unavailable});
-            let object = json!({"spec": {"updateStrategy": {"type": "RollingUpdate", "rollingUpdate": rolling}}});
+            let object =
+                json!({"spec": {"updateStrategy": {"type": "RollingUpdate", "rollingUpdate": rolling}}});
             let mut errors = ErrorList::new();
             validate_strategy(&object, &mut errors);
             assert_eq!(errors.iter().map(ToString::to_string).collect::<Vec<_>>(), [want]);

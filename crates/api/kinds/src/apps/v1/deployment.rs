@@ -210,15 +210,25 @@ mod tests {
                     "spec.template.metadata.labels: Invalid value: {\"a\":\"b\"}: `selector` does not match template `labels`",
                 ],
             ),
-            (json!({"selector": {}}), &["spec.selector: Invalid value: {}: empty selector is invalid for deployment"]),
-            (json!({"replicas": -1}), &["spec.replicas: Invalid value: -1: must be greater than or equal to 0"]),
+            (
+                json!({"selector": {}}),
+                &["spec.selector: Invalid value: {}: empty selector is invalid for deployment"],
+            ),
+            (
+                json!({"replicas": -1}),
+                &["spec.replicas: Invalid value: -1: must be greater than or equal to 0"],
+            ),
             (
                 json!({"strategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": "0%"}}}),
-                &["spec.strategy.rollingUpdate.maxUnavailable: Invalid value: \"0%\": may not be 0 when `maxSurge` is 0"],
+                &[
+                    "spec.strategy.rollingUpdate.maxUnavailable: Invalid value: \"0%\": may not be 0 when `maxSurge` is 0",
+                ],
             ),
             (
                 json!({"strategy": {"type": "Recreate", "rollingUpdate": {}}}),
-                &["spec.strategy.rollingUpdate: Forbidden: may not be specified when strategy `type` is 'Recreate'"],
+                &[
+                    "spec.strategy.rollingUpdate: Forbidden: may not be specified when strategy `type` is 'Recreate'",
+                ],
             ),
             (
                 json!({"progressDeadlineSeconds": 5, "minReadySeconds": 5}),
@@ -243,10 +253,14 @@ mod tests {
         new["spec"]["template"]["metadata"]["labels"]["c"] = "d".into();
         let errors = texts((KIND.rest.validate_update)(&new, &old));
         assert_eq!(errors.len(), 1);
-        assert!(errors[0].starts_with("spec.selector: Invalid value: ") && errors[0].ends_with("field is immutable"));
+        assert!(
+            errors[0].starts_with("spec.selector: Invalid value: ")
+                && errors[0].ends_with("field is immutable")
+        );
         let status = KIND.status.unwrap();
         let stored = json!({"metadata": {"labels": {"a": "b"}}, "spec": {}, "status": {"collisionCount": 2}});
-        let mut new = json!({"metadata": {"labels": {"x": "y"}}, "status": {"collisionCount": 1, "readyReplicas": 1}});
+        let mut new =
+            json!({"metadata": {"labels": {"x": "y"}}, "status": {"collisionCount": 1, "readyReplicas": 1}});
         (status.prepare_update)(&mut new, &stored);
         assert_eq!(new["metadata"]["labels"], json!({"a": "b"}));
         assert_eq!(

@@ -17,8 +17,8 @@ use crate::field::{ErrorList, FieldError, Path};
 use crate::kind::{Column, Kind, NameRule, Rest};
 use crate::names;
 use crate::object::{
-    bump_generation, child, default_absent, default_zero, integer, items, items_mut, keep, read, remove, same,
-    same_in, set_generation, text,
+    bump_generation, child, default_absent, default_zero, integer, items, items_mut, keep, read, remove,
+    same, same_in, set_generation, text,
 };
 use crate::quantity::parse;
 use crate::table;
@@ -205,10 +205,8 @@ fn validate_update(new: &Value, old: &Value) -> ErrorList {
 
 fn validate_status(new: &Value, old: &Value) -> ErrorList {
     let mut errors = ErrorList::new();
-    let (path, counts) = (
-        Path::new("status"),
-        ["readyReplicas", "currentReplicas", "updatedReplicas", "availableReplicas"],
-    );
+    let (path, counts) =
+        (Path::new("status"), ["readyReplicas", "currentReplicas", "updatedReplicas", "availableReplicas"]);
     nonnegative_keys(new, "/status", &path, &["replicas"], &mut errors);
     nonnegative_keys(new, "/status", &path, &counts, &mut errors);
     nonnegative_keys(new, "/status", &path, &["observedGeneration", "collisionCount"], &mut errors);
@@ -327,7 +325,10 @@ mod tests {
     #[test]
     fn validation() {
         let claim = &set(json!({}))["spec"]["volumeClaimTemplates"][0];
-        assert_eq!((text(claim, "/kind"), text(claim, "/status/phase")), ("PersistentVolumeClaim", "Pending"));
+        assert_eq!(
+            (text(claim, "/kind"), text(claim, "/status/phase")),
+            ("PersistentVolumeClaim", "Pending")
+        );
         let cases: Vec<(Value, &[&str])> = vec![
             (json!({}), &[]),
             (

@@ -13,8 +13,8 @@ use crate::field::{ErrorList, FieldError, Path};
 use crate::kind::{Column, Kind, Rest};
 use crate::label_selector::cell;
 use crate::object::{
-    bump_generation, child, count, default_absent, default_zero, integer, keep, same_in, set_generation, text,
-    truth,
+    bump_generation, child, count, default_absent, default_zero, integer, keep, same_in, set_generation,
+    text, truth,
 };
 use crate::table;
 
@@ -61,7 +61,10 @@ fn validate_time_zone(object: &Value, errors: &mut ErrorList) {
     let Some(zone) = object.pointer("/spec/timeZone").and_then(Value::as_str) else { return };
     let part_fits = |part: &str| {
         let fits = |b: u8| b.is_ascii_alphanumeric() || b".-_+".contains(&b);
-        (1..=14).contains(&part.len()) && part.bytes().all(fits) && !["." , ".."].contains(&part) && !part.starts_with('-')
+        (1..=14).contains(&part.len())
+            && part.bytes().all(fits)
+            && ![".", ".."].contains(&part)
+            && !part.starts_with('-')
     };
     if zone.is_empty() {
         errors.push(FieldError::invalid(&path, zone, "timeZone must be nil or non-empty string"));
@@ -109,7 +112,8 @@ fn validate(object: &Value) -> ErrorList {
 }
 
 fn warnings(new: &Value, old: Option<&Value>) -> Vec<String> {
-    let mut out: Vec<String> = if old.is_none() { name_warning(new).into_iter().collect() } else { Vec::new() };
+    let mut out: Vec<String> =
+        if old.is_none() { name_warning(new).into_iter().collect() } else { Vec::new() };
     let generation = |object: &Value| integer(object, "/metadata/generation");
     if old.is_none_or(|old| generation(old) != generation(new)) {
         out.extend(warnings_spec(new, JOB, &Path::new("spec").child("jobTemplate").child("spec")));
@@ -212,17 +216,23 @@ mod tests {
                     "spec.schedule: Invalid value: \"TZ=UTC * * * * *\": cannot use TZ or CRON_TZ in schedule, use timeZone field instead",
                 ],
             ),
-            (json!({"timeZone": "a//b"}), &["spec.timeZone: Invalid value: \"a//b\": unknown time zone a//b"]),
+            (
+                json!({"timeZone": "a//b"}),
+                &["spec.timeZone: Invalid value: \"a//b\": unknown time zone a//b"],
+            ),
             (
                 json!({"concurrencyPolicy": "x"}),
                 &[
                     "spec.concurrencyPolicy: Unsupported value: \"x\": supported values: \"Allow\", \"Forbid\", \"Replace\"",
                 ],
             ),
-            (json!({"jobTemplate": {"spec": {"template": {"spec": {
-                "restartPolicy": "Always", "containers": [{"name": "c", "image": "i"}]}}}}}), &[
-                "spec.jobTemplate.spec.template.spec.restartPolicy: Required value: valid values: \"OnFailure\", \"Never\"",
-            ]),
+            (
+                json!({"jobTemplate": {"spec": {"template": {"spec": {
+                "restartPolicy": "Always", "containers": [{"name": "c", "image": "i"}]}}}}}),
+                &[
+                    "spec.jobTemplate.spec.template.spec.restartPolicy: Required value: valid values: \"OnFailure\", \"Never\"",
+                ],
+            ),
         ];
         for (patch, want) in cases {
             let errors = validate(&cron_job(patch.clone()));

@@ -58,8 +58,9 @@ fn check_word(word: &str) -> Result<(), String> {
         return Ok(());
     }
     match word.strip_prefix("@every ") {
-        Some(duration) => check_duration(duration)
-            .map_err(|error| format!("failed to parse duration {word}: time: {error} {}", go_quote(duration))),
+        Some(duration) => check_duration(duration).map_err(|error| {
+            format!("failed to parse duration {word}: time: {error} {}", go_quote(duration))
+        }),
         None => Err(format!("unrecognized descriptor: {word}")),
     }
 }
@@ -114,7 +115,9 @@ fn number_or_name(text: &str, bounds: &Bounds) -> Result<u64, String> {
 
 fn number(text: &str) -> Result<u64, String> {
     match text.parse::<i64>() {
-        Ok(number) => u64::try_from(number).map_err(|_| format!("negative number ({number}) not allowed: {text}")),
+        Ok(number) => {
+            u64::try_from(number).map_err(|_| format!("negative number ({number}) not allowed: {text}"))
+        }
         Err(_) => {
             let quoted = go_quote(text);
             Err(format!("failed to parse int from {text}: strconv.Atoi: parsing {quoted}: invalid syntax"))

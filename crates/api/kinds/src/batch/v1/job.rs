@@ -204,7 +204,10 @@ mod tests {
     #[test]
     fn creation() {
         let made = job(json!({}));
-        assert_eq!(made["spec"]["selector"]["matchLabels"], json!({"batch.kubernetes.io/controller-uid": "u"}));
+        assert_eq!(
+            made["spec"]["selector"]["matchLabels"],
+            json!({"batch.kubernetes.io/controller-uid": "u"})
+        );
         assert_eq!(made["spec"]["template"]["metadata"]["labels"]["job-name"], "j");
         let indexed = |patch: Value| {
             let mut all = json!({"completionMode": "Indexed", "completions": 3});
@@ -217,24 +220,39 @@ mod tests {
                 json!({"template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}),
                 &["spec.template.spec.restartPolicy: Required value: valid values: \"OnFailure\", \"Never\""],
             ),
-            (json!({"manualSelector": true}), &[
-                "spec.selector: Required value",
-                "spec.template.metadata.labels: Invalid value: {}: `selector` does not match template `labels`",
-            ]),
-            (json!({"maxFailedIndexes": 1}), &[
-                "spec.backoffLimitPerIndex: Required value: when maxFailedIndexes is specified",
-                "spec.maxFailedIndexes: Invalid value: 1: requires indexed completion mode",
-            ]),
-            (json!({"managedBy": "x"}), &[
-                "spec.managedBy: Invalid value: \"x\": must be a domain-prefixed path (such as \"acme.io/foo\")",
-            ]),
-            (indexed(json!({"successPolicy": {"rules": [{"succeededIndexes": "0-1,5"}]}})), &[
-                "spec.successPolicy.rules[0].succeededIndexes: Invalid value: \"0-1,5\": error parsing succeededIndexes: too large index: \"5\"",
-            ]),
-            (json!({"podFailurePolicy": {"rules": [{"action": "Ignore", "onExitCodes": {"operator": "In", "values": [0, 2, 1]}}]}}), &[
-                "spec.podFailurePolicy.rules[0].onExitCodes.values[0]: Invalid value: 0: must not be 0 for the In operator",
-                "spec.podFailurePolicy.rules[0].onExitCodes.values: Invalid value: [0,2,1]: must be ordered",
-            ]),
+            (
+                json!({"manualSelector": true}),
+                &[
+                    "spec.selector: Required value",
+                    "spec.template.metadata.labels: Invalid value: {}: `selector` does not match template `labels`",
+                ],
+            ),
+            (
+                json!({"maxFailedIndexes": 1}),
+                &[
+                    "spec.backoffLimitPerIndex: Required value: when maxFailedIndexes is specified",
+                    "spec.maxFailedIndexes: Invalid value: 1: requires indexed completion mode",
+                ],
+            ),
+            (
+                json!({"managedBy": "x"}),
+                &[
+                    "spec.managedBy: Invalid value: \"x\": must be a domain-prefixed path (such as \"acme.io/foo\")",
+                ],
+            ),
+            (
+                indexed(json!({"successPolicy": {"rules": [{"succeededIndexes": "0-1,5"}]}})),
+                &[
+                    "spec.successPolicy.rules[0].succeededIndexes: Invalid value: \"0-1,5\": error parsing succeededIndexes: too large index: \"5\"",
+                ],
+            ),
+            (
+                json!({"podFailurePolicy": {"rules": [{"action": "Ignore", "onExitCodes": {"operator": "In", "values": [0, 2, 1]}}]}}),
+                &[
+                    "spec.podFailurePolicy.rules[0].onExitCodes.values[0]: Invalid value: 0: must not be 0 for the In operator",
+                    "spec.podFailurePolicy.rules[0].onExitCodes.values: Invalid value: [0,2,1]: must be ordered",
+                ],
+            ),
         ];
         for (patch, want) in cases {
             assert_eq!(texts((KIND.rest.validate)(&job(patch.clone()))), want, "{patch}");
@@ -282,7 +300,12 @@ mod tests {
         assert_eq!(with(done), Vec::<String>::new());
         let errors = with(json!({"conditions": [condition("Complete")], "active": 1}));
         assert_eq!(errors.len(), 4, "{errors:?}");
-        assert!(errors.contains(&"status.completionTime: Required value: completionTime is required for Complete jobs".to_string()));
+        assert!(
+            errors.contains(
+                &"status.completionTime: Required value: completionTime is required for Complete jobs"
+                    .to_string()
+            )
+        );
         let errors = with(json!({"completedIndexes": "0"}));
         assert_eq!(errors.len(), 1, "{errors:?}");
     }

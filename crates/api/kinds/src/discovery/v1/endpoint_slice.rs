@@ -91,7 +91,11 @@ fn validate_endpoints(object: &Value, kind: &str, path: &Path, errors: &mut Erro
         };
         validate_addresses(&endpoint.addresses, kind, &at.child("addresses"), errors);
         if let Some(node) = &endpoint.node_name {
-            errors.extend(FieldError::invalid_each(&at.child("nodeName"), node, names::dns1123_subdomain(node)));
+            errors.extend(FieldError::invalid_each(
+                &at.child("nodeName"),
+                node,
+                names::dns1123_subdomain(node),
+            ));
         }
         let topology = endpoint.deprecated_topology.as_ref();
         let topology_at = at.child("deprecatedTopology");
@@ -155,11 +159,14 @@ fn validate_fqdn(name: &str, path: &Path) -> ErrorList {
     wrong.into_iter().collect()
 }
 
+/// What is wrong with a text.
+type Check = fn(&str) -> Vec<String>;
+
 fn validate_hints(hints: &EndpointHints, path: &Path, errors: &mut ErrorList) {
     let zones: Vec<&str> = hints.for_zones.iter().flatten().map(|z| z.name.as_str()).collect();
     let nodes: Vec<&str> = hints.for_nodes.iter().flatten().map(|n| n.name.as_str()).collect();
-    let checks: [(&str, Vec<&str>, fn(&str) -> Vec<String>); 2] =
-        [("forZones", zones, names::label_value), ("forNodes", nodes, names::dns1123_subdomain)];
+    let zone: Check = names::label_value;
+    let checks = [("forZones", zones, zone), ("forNodes", nodes, names::dns1123_subdomain)];
     for (key, values, check) in checks {
         let at = path.child(key);
         if values.len() > HINTS_MAX {
@@ -188,7 +195,9 @@ fn drop_topology(new: &mut Value, old: Option<&Value>) {
     let known: BTreeSet<String> =
         old.map(|old| items(old, "/endpoints").iter().filter_map(node).collect()).unwrap_or_default();
     for endpoint in items_mut(new, "/endpoints") {
-        if let Some(node) = node(endpoint).filter(|n| known.contains(n) && names::dns1123_subdomain(n).is_empty()) {
+        if let Some(node) =
+            node(endpoint).filter(|n| known.contains(n) && names::dns1123_subdomain(n).is_empty())
+        {
             default_absent(endpoint, "nodeName", node);
         }
         remove(endpoint, "deprecatedTopology");
@@ -201,7 +210,8 @@ fn warnings(new: &Value, old: Option<&Value>) -> Vec<String> {
         out.push("spec.addressType: FQDN endpoints are deprecated".to_string());
     }
     let labels = new.pointer("/metadata/labels");
-    let manager = labels.and_then(|l| l.get("endpointslice.kubernetes.io/managed-by")).and_then(Value::as_str);
+    let manager =
+        labels.and_then(|l| l.get("endpointslice.kubernetes.io/managed-by")).and_then(Value::as_str);
     let ours = ["endpointslice-controller.k8s.io", "endpointslicemirroring-controller.k8s.io"];
     if manager.is_some_and(|m| ours.contains(&m)) {
         return out;

@@ -156,6 +156,9 @@ mod tests {
         new["eventTime"] = "2024-01-01T00:00:00.0000011Z".into();
         assert_eq!(texts(validate_update(&new, &event)), Vec::<String>::new());
         new["note"] = "other".into();
-        assert_eq!(texts(validate_update(&new, &event)), ["message: Invalid value: \"other\": field is immutable"]);
+        assert_eq!(
+            texts(validate_update(&new, &event)),
+            ["message: Invalid value: \"other\": field is immutable"]
+        );
     }
 }

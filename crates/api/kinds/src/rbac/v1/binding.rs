@@ -124,7 +124,10 @@ mod tests {
             validate(&object, &["ClusterRole"], false).iter().map(ToString::to_string).collect::<Vec<_>>()
         };
         assert_eq!(binding(json!({"kind": "User", "name": "a"})), Vec::<String>::new());
-        assert_eq!(binding(json!({"kind": "ServiceAccount", "name": "a", "namespace": "n"})), Vec::<String>::new());
+        assert_eq!(
+            binding(json!({"kind": "ServiceAccount", "name": "a", "namespace": "n"})),
+            Vec::<String>::new()
+        );
         assert_eq!(
             binding(json!({"kind": "ServiceAccount", "name": "a"})),
             ["subjects[0].namespace: Required value"]

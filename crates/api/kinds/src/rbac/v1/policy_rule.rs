@@ -56,7 +56,9 @@ mod tests {
             (
                 json!({"verbs": ["get"], "nonResourceURLs": ["/x"]}),
                 true,
-                &["rules[0].nonResourceURLs: Invalid value: [\"/x\"]: namespaced rules cannot apply to non-resource URLs"],
+                &[
+                    "rules[0].nonResourceURLs: Invalid value: [\"/x\"]: namespaced rules cannot apply to non-resource URLs",
+                ],
             ),
             (
                 json!({}),

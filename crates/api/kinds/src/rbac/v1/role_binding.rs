@@ -5,7 +5,7 @@ use super::GROUP;
 use super::binding::{COLUMNS, defaults, row, validate, validate_same_role};
 use crate::kind::{Kind, NameRule, Rest};
 
-const ROLES: &[&str] = &["Role","ClusterRole"];
+const ROLES: &[&str] = &["Role", "ClusterRole"];
 
 pub const KIND: Kind = Kind {
     name_rule: NameRule::PathSegment,

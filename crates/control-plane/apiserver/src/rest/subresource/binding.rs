@@ -23,21 +23,19 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
     let bytes = body::read(body).await?;
     let ty = codec::type_of("", "v1", "Binding").ok_or_else(Status::no_such_path)?;
     let expected = Expected { group: "", version: "v1", kind: "Binding", ty };
-    let binding = codec::read(call, &bytes, &expected, options.validation)?;
-    let name = text(&binding, "/metadata/name");
+    let mut binding = codec::read(call, &bytes, &expected, options.validation)?;
+    let name = text(&binding, "/metadata/name").to_string();
+    let name = name.as_str();
     if !call.info.name.is_empty() && name != call.info.name {
         return Err(Status::bad_request("name in URL does not match name in Binding object"));
     }
-    let node = text(&binding, "/target/name");
-    let kind = text(&binding, "/target/kind");
-    if !matches!(kind, "" | "Node") {
-        let why = "target.kind: Unsupported value: supported values: \"\", \"Node\"";
-        return Err(Status::new(500, "", format!("{why} (was {kind:?})")));
-    }
-    if node.is_empty() {
-        return Err(Status::new(500, "", "target.name: Required value"));
-    }
     let pods = call.on("", "v1", "pods", name)?;
+    admit::mutate(&pods, Operation::Create, "binding", &mut binding, None, &options).await?;
+    let errors = sampan_kinds::core::v1::binding::validate(&binding);
+    if !errors.is_empty() {
+        return Err(Status::invalid("", "Binding", name, &errors));
+    }
+    let node = text(&binding, "/target/name");
     admit::validate(&pods, Operation::Create, "binding", Some(&binding), None, &options).await?;
     let rest = Rest::ANY;
     let target = Target { rest: &rest, subresource: "binding", unconditional: true, ..Target::of(&pods) };

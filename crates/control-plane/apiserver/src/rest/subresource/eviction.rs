@@ -32,7 +32,7 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
     let version = if text(&stated, "/apiVersion") == "policy/v1beta1" { "v1beta1" } else { "v1" };
     let ty = codec::type_of("policy", "v1", "Eviction").ok_or_else(Status::no_such_path)?;
     let expected = Expected { group: "policy", version, kind: "Eviction", ty };
-    let eviction = codec::read(call, &bytes, &expected, options.validation)?;
+    let mut eviction = codec::read(call, &bytes, &expected, options.validation)?;
     let name = call.info.name.as_str();
     if text(&eviction, "/metadata/name") != name {
         return Err(Status::bad_request("name in URL does not match name in Eviction object"));
@@ -41,6 +41,7 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
     let mut deletion = DeleteOptions::from_value(eviction.get("deleteOptions").unwrap_or(&Value::Null))?;
     deletion.dry_run |= options.dry_run;
     options.dry_run = deletion.dry_run;
+    admit::mutate(&pods, Operation::Create, "eviction", &mut eviction, None, &options).await?;
     admit::validate(&pods, Operation::Create, "eviction", Some(&eviction), None, &options).await?;
     let object = pods.present().await?;
     let pod = object.value(&pods.resource.storage)?;

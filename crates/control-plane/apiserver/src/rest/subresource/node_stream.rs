@@ -12,6 +12,7 @@ use crate::call::{Call, FieldValidation, WriteOptions};
 use crate::proxy::{self, Destination};
 use crate::query::Query;
 use crate::reply;
+use crate::rest::subresource::log_socket;
 use crate::status::{Result, Status};
 use crate::write::text;
 
@@ -34,7 +35,10 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
             let container = container(&pod, call.query.get("container"))?;
             let query = log_query(call)?;
             if node.is_empty() {
-                return Ok(reply::text(200, ""));
+                return match log_socket::is_wanted(&call.parts.headers) {
+                    true => log_socket::answer(call, reply::text(200, "")),
+                    false => Ok(reply::text(200, "")),
+                };
             }
             with_query(format!("/containerLogs/{namespace}/{name}/{container}"), &query)
         }
@@ -48,8 +52,12 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
         return Err(Status::bad_request(format!("pod {name} does not have a host assigned")));
     }
     let to = Destination { node: node.to_string(), target: Target::Kubelet, host: node.to_string(), path };
-    let body = if subresource == "log" { body::empty() } else { body };
-    proxy::forward(call, to, body).await
+    if subresource != "log" {
+        return proxy::forward(call, to, body).await;
+    }
+    let wants_socket = log_socket::is_wanted(&call.parts.headers);
+    let log = proxy::forward(call, to, body::empty()).await?;
+    if wants_socket { log_socket::answer(call, log) } else { Ok(log) }
 }
 
 fn with_query(path: String, query: &str) -> String {

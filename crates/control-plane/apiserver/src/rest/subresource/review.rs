@@ -4,6 +4,7 @@
 use http::Response;
 
 use crate::access::ReviewRequest;
+use crate::admit::{self, Operation};
 use crate::body::{self, Body};
 use crate::call::Call;
 use crate::codec::{self, Expected};
@@ -21,10 +22,13 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
     let options = call.write_options("CreateOptions")?;
     let bytes = body::read(body).await?;
     let ty = codec::type_of(group, version, kind).ok_or_else(Status::no_such_path)?;
-    let object = codec::read(call, &bytes, &Expected { group, version, kind, ty }, options.validation)?;
+    let mut object = codec::read(call, &bytes, &Expected { group, version, kind, ty }, options.validation)?;
     if call.info.subresource.is_empty() {
         check_namespace(call, &object)?;
     }
+    let subresource = call.info.subresource.as_str();
+    admit::mutate(call, Operation::Create, subresource, &mut object, None, &options).await?;
+    admit::validate(call, Operation::Create, subresource, Some(&object), None, &options).await?;
     let reviews = call.server.reviews.get().ok_or_else(|| Status::unavailable("the server is starting"))?;
     let request = ReviewRequest { identity: &call.identity, info: &call.info, kind };
     let answer = reviews.review(&request, object).await?;

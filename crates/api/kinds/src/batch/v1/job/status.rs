@@ -112,7 +112,8 @@ fn time(job: &Value, key: &str) -> Option<Timestamp> {
 }
 
 fn validate_times(new: &Value, old: &Value, path: &Path, errors: &mut ErrorList) {
-    let (start, end, complete) = (time(new, "startTime"), time(new, "completionTime"), is_true(new, "Complete"));
+    let (start, end, complete) =
+        (time(new, "startTime"), time(new, "completionTime"), is_true(new, "Complete"));
     let shown = |key: &str| new.pointer(&format!("/status/{key}")).cloned().unwrap_or_default();
     let end_at = path.child("completionTime");
     let (start_moved, end_moved) = (start != time(old, "startTime"), end != time(old, "completionTime"));
@@ -148,12 +149,13 @@ fn validate_finished(new: &Value, old: &Value, path: &Path, errors: &mut ErrorLi
         let detail = "active>0 is invalid for finished job";
         errors.push(FieldError::invalid(&path.child("active"), number("active"), detail));
     }
-    let nothing_to_do = truth(new, "/spec/suspend")
-        && new.pointer("/spec/completions").and_then(Value::as_i64) == Some(0);
+    let nothing_to_do =
+        truth(new, "/spec/suspend") && new.pointer("/spec/completions").and_then(Value::as_i64) == Some(0);
     if affected("startTime") && time(new, "startTime").is_none() && !nothing_to_do {
         errors.push(FieldError::required(&path.child("startTime"), "startTime is required for finished job"));
     }
-    let uncounted = ["succeeded", "failed"].map(|k| count(new, &format!("/status/uncountedTerminatedPods/{k}")));
+    let uncounted =
+        ["succeeded", "failed"].map(|k| count(new, &format!("/status/uncountedTerminatedPods/{k}")));
     if affected("uncountedTerminatedPods") && uncounted.iter().sum::<usize>() > 0 {
         let value = new.pointer("/status/uncountedTerminatedPods").cloned().unwrap_or_default();
         let at = path.child("uncountedTerminatedPods");
@@ -216,7 +218,11 @@ fn overlap(completed: &str, failed: &str, completions: i64) -> Option<i64> {
         if c_first <= f_last && f_first <= c_last {
             return Some(*c_first.max(f_first));
         }
-        if c_first <= f_first { c.next() } else { f.next() };
+        if c_first <= f_first {
+            c.next()
+        } else {
+            f.next()
+        };
     }
     None
 }

@@ -172,7 +172,8 @@ fn validate_completion_mode(object: &Value, pointer: &str, path: &Path, errors: 
     };
     match text(object, &format!("{pointer}/completionMode")) {
         "Indexed" => {
-            let detail = format!("must be less than or equal to {INDEXED_MAX} when completion mode is Indexed");
+            let detail =
+                format!("must be less than or equal to {INDEXED_MAX} when completion mode is Indexed");
             refuse("parallelism", parallelism.filter(|p| *p > INDEXED_MAX), detail);
             let above = failed.filter(|f| completions.is_some_and(|c| *f > c));
             refuse("maxFailedIndexes", above, "must be less than or equal to completions".to_string());
@@ -207,7 +208,7 @@ fn validate_completion_mode(object: &Value, pointer: &str, path: &Path, errors: 
 }
 
 /// `acme.io/foo`.
-fn domain_prefixed_path(value: &str, path: &Path, errors: &mut ErrorList) {
+pub fn domain_prefixed_path(value: &str, path: &Path, errors: &mut ErrorList) {
     if value.is_empty() {
         return errors.push(FieldError::required(path, ""));
     }
@@ -243,7 +244,8 @@ fn validate_failure_rule(
     let patterns = rule.on_pod_conditions.as_deref().unwrap_or_default();
     if let Some(exit_codes) = &rule.on_exit_codes {
         let spec = parts.template.spec.as_ref();
-        let containers = spec.into_iter().flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
+        let containers =
+            spec.into_iter().flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
         let names: BTreeSet<&str> = containers.map(|c| c.name.as_str()).collect();
         validate_exit_codes(exit_codes, &names, &path.child("onExitCodes"), errors);
     }
@@ -261,7 +263,11 @@ fn valid_values(values: &[&str]) -> String {
     format!("valid values: [{}]", quoted.join(" "))
 }
 
-fn validate_patterns(patterns: &[PodFailurePolicyOnPodConditionsPattern], path: &Path, errors: &mut ErrorList) {
+fn validate_patterns(
+    patterns: &[PodFailurePolicyOnPodConditionsPattern],
+    path: &Path,
+    errors: &mut ErrorList,
+) {
     const STATUSES: [&str; 3] = ["False", "True", "Unknown"];
     if patterns.len() > PATTERNS_MAX {
         errors.push(FieldError::too_many(path, patterns.len(), PATTERNS_MAX));
@@ -359,7 +365,8 @@ fn validate_success_rule(rule: &Value, completions: i64, path: &Path, errors: &m
         let at = path.child("succeededCount");
         crate::meta::nonnegative(wanted, &at, errors);
         if wanted > completions {
-            let detail = format!("must be less than or equal to {completions} (the number of specified completions)");
+            let detail =
+                format!("must be less than or equal to {completions} (the number of specified completions)");
             errors.push(FieldError::invalid(&at, wanted, detail));
         }
         if indexes.is_some() && wanted > total {

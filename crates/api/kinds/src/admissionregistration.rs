@@ -1,0 +1,2 @@
+//! The group admissionregistration.k8s.io.
+pub mod v1;

@@ -1,0 +1,2 @@
+//! The group apiextensions.k8s.io.
+pub mod v1;

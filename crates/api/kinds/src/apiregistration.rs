@@ -1,0 +1,2 @@
+//! The group apiregistration.k8s.io.
+pub mod v1;

@@ -1,0 +1,2 @@
+//! apiregistration.k8s.io/v1.
+pub mod api_service;

@@ -1,0 +1,2 @@
+//! autoscaling/v1.
+pub mod horizontal_pod_autoscaler;

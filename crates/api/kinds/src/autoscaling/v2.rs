@@ -1,0 +1,2 @@
+//! autoscaling/v2.
+pub mod horizontal_pod_autoscaler;

@@ -1,0 +1,2 @@
+//! The group certificates.k8s.io.
+pub mod v1;

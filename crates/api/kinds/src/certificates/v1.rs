@@ -1,0 +1,2 @@
+//! certificates.k8s.io/v1.
+pub mod certificate_signing_request;

@@ -1,0 +1,2 @@
+//! The group flowcontrol.apiserver.k8s.io.
+pub mod v1;

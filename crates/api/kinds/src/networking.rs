@@ -1,0 +1,2 @@
+//! The group networking.k8s.io.
+pub mod v1;

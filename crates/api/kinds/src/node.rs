@@ -1,0 +1,2 @@
+//! The group node.k8s.io.
+pub mod v1;

@@ -1,0 +1,2 @@
+//! The group policy.
+pub mod v1;

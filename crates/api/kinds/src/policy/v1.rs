@@ -1,0 +1,2 @@
+//! policy/v1.
+pub mod pod_disruption_budget;

@@ -1,0 +1,2 @@
+//! The group resource.k8s.io.
+pub mod v1;

@@ -1,0 +1,2 @@
+//! The group scheduling.k8s.io.
+pub mod v1;

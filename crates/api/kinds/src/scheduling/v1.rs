@@ -1,0 +1,2 @@
+//! scheduling.k8s.io/v1.
+pub mod priority_class;

@@ -1,0 +1,2 @@
+//! The group storage.k8s.io.
+pub mod v1;
