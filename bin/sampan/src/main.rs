@@ -9,6 +9,7 @@ mod join;
 mod lab;
 mod manifests;
 mod node;
+mod platforms;
 mod server;
 mod token;
 mod tunnel_endpoint;

@@ -249,7 +249,7 @@ fn parse_platform(text: &str) -> Option<Platform> {
 }
 
 /// Mirrors and credentials; none where there is no file.
-fn registries(path: &std::path::Path) -> Result<Registries> {
+pub fn registries(path: &std::path::Path) -> Result<Registries> {
     match std::fs::read_to_string(path) {
         Ok(text) => Registries::parse(&text).with_context(|| path.display().to_string()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Registries::default()),

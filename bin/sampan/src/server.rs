@@ -13,12 +13,14 @@ use sampan_client::{Identity, Informers};
 use sampan_pki::join_token::Credentials;
 use sampan_pki::service_account_key::ServiceAccountKey;
 use sampan_pki::{Authority, JoinToken, LiveCertificate, Pair};
+use sampan_scheduler::Scheduler;
 use sampan_store::Store;
 use sampan_telemetry::supervise;
 use sampan_tunnel::Nodes;
 
 use crate::join::Cluster;
 use crate::node::{self, NodeArgs};
+use crate::platforms::RegistryPlatforms;
 use crate::tunnel_endpoint::{self, Access, Endpoint};
 
 #[derive(clap::Args)]
@@ -141,7 +143,7 @@ async fn serve(args: Args) -> Result<()> {
     write_kubeconfig(&args, &authority)?;
     tracing::info!(address = %listen, ms = started.elapsed().as_millis() as u64, "the API is served");
 
-    start_control_plane(&api, &args, &authority);
+    start_control_plane(&api, &args, &authority)?;
     crate::manifests::start(client, folder.join("manifests"))?;
     if !args.disable_agent {
         let identity = Identity::new(&format!("system:node:{}", args.node.name()?), &["system:nodes"]);
@@ -180,7 +182,10 @@ async fn let_nodes_see_services(client: &kube::Client) -> Result<(), kube::Error
     }
 }
 
-fn start_control_plane(api: &ApiServer, args: &Args, authority: &Authority) {
+fn start_control_plane(api: &ApiServer, args: &Args, authority: &Authority) -> Result<()> {
+    let registries = node::registries(&args.node.private_registry)?;
+    let platforms = RegistryPlatforms::new(registries, api.client(Identity::loopback(), "sampan-platforms"));
+    let of_pod = platforms.clone();
     let caller = api.clone();
     let identity = Identity::new("system:kube-controller-manager", &[Identity::MASTERS]);
     sampan_controllers::start(sampan_controllers::Context {
@@ -196,13 +201,19 @@ fn start_control_plane(api: &ApiServer, args: &Args, authority: &Authority) {
             root_ca_pem: authority.certificate_pem().to_string(),
             ..sampan_controllers::Options::default()
         },
-        image_platforms: None,
+        image_platforms: Some(Arc::new(move |namespace, spec| {
+            let platforms = of_pod.clone();
+            Box::pin(async move { platforms.of_pod(namespace, spec).await })
+        })),
     });
     let client = api.client(Identity::new("system:kube-scheduler", &[]), "kube-scheduler");
     supervise("scheduler", move || {
-        let client = client.clone();
-        async move { sampan_scheduler::Scheduler::new(client.clone(), Informers::new(client), None).run().await }
+        let (client, platforms) = (client.clone(), platforms.clone());
+        async move {
+            Scheduler::new(client.clone(), Informers::new(client), Some(platforms)).run().await;
+        }
     });
+    Ok(())
 }
 
 /// The addresses that follow from the flags.

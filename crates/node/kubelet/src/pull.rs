@@ -133,7 +133,7 @@ async fn credentials(node: &NodeServices, pod: &Pod, image: &str) -> Vec<Auth> {
 }
 
 /// The credentials of a secret that fit an image, with how much of its name they fit.
-fn from_secret(secret: &Secret, image: &str) -> Vec<(usize, Auth)> {
+pub fn from_secret(secret: &Secret, image: &str) -> Vec<(usize, Auth)> {
     let data = secret.data.iter().flatten();
     let mut found = Vec::new();
     for (key, bytes) in data {
