@@ -424,8 +424,8 @@ fn wait_and_events(s: &Space) -> Result<()> {
     for (reason, text) in [
         ("Scheduled", "Successfully assigned"),
         ("Pulled", "already present on machine"),
-        ("Created", "Created"),
-        ("Started", "Started"),
+        ("Created", "Container created"),
+        ("Started", "Container started"),
     ] {
         s.event("p", reason, text)?;
     }

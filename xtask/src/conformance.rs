@@ -136,7 +136,7 @@ fn run_one(args: &Args, kubeconfig: &Path, scratch: &Path, test: &Test) -> Resul
 
 /// The line that says why, from the suite's output.
 fn failure(output: &str) -> String {
-    let mut lines = output.lines().skip_while(|l| !l.contains("[FAILED]")).skip(0);
+    let mut lines = output.lines().skip_while(|l| !l.contains("[FAILED]"));
     let first = lines.next().unwrap_or("the suite ended without a verdict");
     let line = first.split("[FAILED]").last().unwrap_or(first).trim();
     let more = if line.is_empty() { lines.next().unwrap_or_default().trim() } else { line };

@@ -222,11 +222,14 @@ impl<K: Object> Informer<K> {
     }
 }
 
+/// Informers by the type of their objects and their field selector.
+type Started = HashMap<(TypeId, String), Box<dyn Any + Send + Sync>>;
+
 /// The process's shared informers.
 #[derive(Clone)]
 pub struct Informers {
     client: Client,
-    started: Arc<Mutex<HashMap<(TypeId, String), Box<dyn Any + Send + Sync>>>>,
+    started: Arc<Mutex<Started>>,
 }
 
 impl Informers {

@@ -16,6 +16,6 @@ pub mod time;
 pub mod types;
 
 pub use types::{
-    Element, Field, GroupVersionKind, ListKind, MapKind, Omit, PatchStrategy, ResourceFact, Rules, Shape, Text,
-    Type, TypeRef, Wire, all, by_gvk, by_name, resources,
+    Element, Field, GroupVersionKind, ListKind, MapKind, Omit, PatchStrategy, ResourceFact, Rules, Shape,
+    Text, Type, TypeRef, Wire, all, by_gvk, by_name, resources,
 };

@@ -132,7 +132,8 @@ impl ApiServer {
         BoxCloneSyncService::new(service_fn(move |request: Request<kube::client::Body>| {
             let server = server.clone();
             async move {
-                let request = request.map(|body| body.map_err(|e| Box::new(e) as body::BoxError).boxed_unsync());
+                let request =
+                    request.map(|body| body.map_err(|e| Box::new(e) as body::BoxError).boxed_unsync());
                 Ok::<Response<Body>, Infallible>(handler::handle(server, request).await)
             }
         }))

@@ -60,7 +60,7 @@ pub fn data_of(revision: &ControllerRevision) -> Option<&Value> {
 
 /// What became of creating a revision.
 pub enum Created {
-    Revision(ControllerRevision),
+    Revision(Box<ControllerRevision>),
     /// Another revision has the same name: try again with a higher collision count.
     Collision,
 }
@@ -72,11 +72,11 @@ pub async fn create<O: Namespaced>(
 ) -> Result<Created, SyncError> {
     let api: Api<ControllerRevision> = Api::namespaced(client.clone(), namespace(owner));
     match api.create(&PostParams::default(), revision).await {
-        Ok(created) => Ok(Created::Revision(created)),
+        Ok(created) => Ok(Created::Revision(Box::new(created))),
         Err(e) if api_error::is_already_exists(&e) => {
             let existing = api.get(name(revision)).await?;
             let same = data_of(&existing) == data_of(revision) && is_controlled_by(&existing, owner);
-            Ok(if same { Created::Revision(existing) } else { Created::Collision })
+            Ok(if same { Created::Revision(Box::new(existing)) } else { Created::Collision })
         }
         Err(e) => Err(e.into()),
     }

@@ -128,7 +128,7 @@ impl StatefulSetController {
                 let new =
                     revision_history::new_revision(set, labels, HASH_LABEL, data.clone(), next, collisions);
                 match revision_history::create(&self.client, set, &new).await? {
-                    Created::Revision(created) => break created,
+                    Created::Revision(created) => break *created,
                     Created::Collision if collisions < 1000 => collisions += 1,
                     Created::Collision => return Err(SyncError::failed("no free name for a revision")),
                 }

@@ -27,8 +27,8 @@ fn refuse(reason: &str, message: impl Into<String>) -> Refusal {
 pub fn admit(services: &NodeServices, pod: &Arc<Pod>) -> Result<(), Refusal> {
     let uid = pod.uid().unwrap_or_default();
     let mut admitted = services.admitted.lock();
-    if admitted.contains_key(&uid) {
-        admitted.insert(uid, pod.clone());
+    if let Some(known) = admitted.get_mut(&uid) {
+        *known = pod.clone();
         return Ok(());
     }
     let others: Vec<&Arc<Pod>> = admitted.values().collect();

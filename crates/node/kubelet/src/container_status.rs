@@ -92,7 +92,7 @@ impl Inputs<'_> {
         };
         let newest = self.records.newest(&spec.name);
         match newest {
-            Some(record) => self.from_record(kind, spec, record, &mut status),
+            Some(record) => self.read_record(kind, spec, record, &mut status),
             None => self.without_record(kind, old, &mut status),
         }
         if kind == Kind::Ephemeral {
@@ -114,7 +114,7 @@ impl Inputs<'_> {
         status
     }
 
-    fn from_record(&self, kind: Kind, spec: &Spec, record: &Container, status: &mut ContainerStatus) {
+    fn read_record(&self, kind: Kind, spec: &Spec, record: &Container, status: &mut ContainerStatus) {
         status.restart_count = i32::try_from(record.attempt).unwrap_or(i32::MAX);
         status.container_id = Some(public_id(&record.id));
         if let Some(image) = self.images.get(&record.image_id) {
@@ -167,7 +167,7 @@ impl Inputs<'_> {
         let default =
             if self.has_init && kind != Kind::Ephemeral { "PodInitializing" } else { "ContainerCreating" };
         status.state = Some(waiting(default, None));
-        if was_running && !status.last_state.as_ref().is_some_and(|s| s.terminated.is_some()) {
+        if was_running && status.last_state.as_ref().is_none_or(|s| s.terminated.is_none()) {
             status.restart_count += 1;
             status.last_state = Some(State {
                 terminated: Some(ContainerStateTerminated {

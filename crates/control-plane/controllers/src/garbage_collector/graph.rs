@@ -192,7 +192,7 @@ mod tests {
         assert_eq!(graph.apply(node("stray", &[("nobody", false)])), [delete("stray")]);
         assert_eq!(graph.remove("owner"), [delete("child")]);
         assert!(graph.remove("child").is_empty());
-        assert!(graph.dependents.get("owner").is_none());
+        assert!(!graph.dependents.contains_key("owner"));
     }
 
     #[test]

@@ -218,7 +218,7 @@ impl<R: AsyncRead + Unpin> ReadSide<R> {
     }
 
     async fn open(&mut self, id: u32, is_last: bool, headers: Headers) -> io::Result<()> {
-        if id % 2 == 0 || id <= self.last_id {
+        if id.is_multiple_of(2) || id <= self.last_id {
             return self.wire.reset(id, spdy::PROTOCOL_ERROR).await;
         }
         self.last_id = id;

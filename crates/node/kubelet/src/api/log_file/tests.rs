@@ -1,3 +1,4 @@
+//! Following, tailing and rotation of log files, on real files.
 use std::io::Write;
 use std::sync::atomic::Ordering;
 
