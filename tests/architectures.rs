@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use sampan_tests::{Space, Suite, cases, has, seconds, wait_for};
+use sampan_tests::{Space, Suite, cases, fetch, has, seconds, wait_for};
 use serde_json::Value;
 
 fn main() -> ExitCode {
@@ -115,20 +115,19 @@ fn exporter_on_all_nodes(s: &Space) -> Result<()> {
     for ip in ["10.64.0.11", "10.64.0.12", "10.64.0.13"] {
         let mut seen = BTreeSet::new();
         wait_for(&format!("all pods by way of {ip}"), seconds(30), || {
-            let ran = s.exec(
-                "hub",
-                &["busybox", "wget", "-T", "3", "-qO-", &format!("http://{ip}:30910/metrics")],
-            )?;
+            let fetch = fetch(&format!("http://{ip}:30910/metrics"));
+            let ran = s.exec("hub", &fetch.each_ref().map(String::as_str))?;
             seen.extend(["x86_64", "aarch64", "armv"].into_iter().filter(|m| ran.out.contains(m)));
             Ok(if seen.len() == 3 { Ok(()) } else { Err(format!("{seen:?} {}", ran.text())) })
         })?;
     }
     // by name, from a pod
     let pod = placed(s, "exporter")?.first().context("a pod")?.0.clone();
+    let service = s.k(&["get", "service", "exporter", "-o", "jsonpath={.spec.clusterIP}"])?;
     wait_for("the service by name", seconds(20), || {
-        let ran =
-            s.try_k(&["exec", &pod, "--", "wget", "-T", "3", "-qO-", "http://exporter:9100/metrics"])?;
-        Ok(if ran.out.contains("metrics of ") { Ok(()) } else { Err(ran.text()) })
+        let name = format!("exporter.{}.svc.cluster.local", s.name);
+        let ran = s.try_k(&["exec", &pod, "--", "nslookup", &name])?;
+        Ok(if ran.text().contains(&service) { Ok(()) } else { Err(ran.text()) })
     })
 }
 

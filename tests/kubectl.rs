@@ -6,7 +6,7 @@ use std::process::{ExitCode, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use sampan_tests::image::BOX;
-use sampan_tests::{Space, Suite, cases, has, seconds, wait_for};
+use sampan_tests::{Space, Suite, cases, fetch, has, seconds, wait_for};
 
 fn main() -> ExitCode {
     Suite::new("kubectl", "amd64,amd64")
@@ -376,36 +376,44 @@ fn expose_and_reach(s: &Space) -> Result<()> {
         "--port=80",
         "--target-port=8080",
     ])?;
-    run(s, "client", "sleep 1000")?;
-    let within = |args: &[&str]| s.try_k(&[&["exec", "client", "--"], args].concat());
-    let reached = |what: &str, args: &[&str]| {
-        wait_for(what, seconds(20), || {
-            let ran = within(args)?;
-            Ok(if ran.code == 0 && ran.out.starts_with("web-") { Ok(ran.out) } else { Err(ran.text()) })
-        })
+    // in the network of a pod, with the machine's programs
+    let client = format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: client}}\nspec:\n  volumes: [{{name: h, hostPath: {{path: /}}}}]\n  \
+         containers: [{{name: c, image: '{BOX}', volumeMounts: [{{name: h, mountPath: /h, readOnly: true}}]}}]\n"
+    );
+    s.apply(&client)?;
+    s.running("client")?;
+    let ask = |url: &str| {
+        let fetch = fetch(url);
+        let command: Vec<&str> = fetch.iter().map(String::as_str).collect();
+        s.try_k(&[&["exec", "client", "--", "chroot", "/h"], &command[..]].concat())
     };
     let ip = s.k(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])?;
-    reached("the service by address", &["wget", "-T", "3", "-qO-", &format!("http://{ip}/")])?;
-    reached("the service by name", &["wget", "-T", "3", "-qO-", "http://web/"])?;
-    let full = format!("http://web.{}.svc.cluster.local/", s.name);
-    reached("the service by full name", &["wget", "-T", "3", "-qO-", &full])?;
+    let url = format!("http://{ip}/");
+    wait_for("the service by address", seconds(20), || {
+        let ran = ask(&url)?;
+        Ok(if ran.code == 0 && ran.out.starts_with("web-") { Ok(()) } else { Err(ran.text()) })
+    })?;
     // both pods, on both nodes, answer in the end
     let mut hosts = std::collections::BTreeSet::new();
-    for _ in 0..40 {
-        hosts.insert(within(&["wget", "-T", "3", "-qO-", "http://web/"])?.out);
-    }
-    ensure!(hosts.len() == 2, "both pods answer: {hosts:?}");
-    let names = within(&["nslookup", &format!("headless.{}.svc.cluster.local", s.name)])?;
-    ensure!(
-        names.out.matches("10.42.").count() >= 2,
-        "a headless service has the pods' addresses: {}",
-        names.text()
-    );
+    wait_for("both pods to answer", seconds(30), || {
+        hosts.insert(ask(&url)?.out);
+        Ok(if hosts.len() == 2 { Ok(()) } else { Err(format!("{hosts:?}")) })
+    })?;
+    let look_up = |name: &str| {
+        let name = format!("{name}.{}.svc.cluster.local", s.name);
+        s.try_k(&["exec", "client", "--", "nslookup", &name])
+    };
+    has(&look_up("web")?.text(), &ip)?;
+    let names = look_up("headless")?;
+    let all = names.out.matches("10.42.").count() >= 2;
+    ensure!(all, "a headless service has the pods' addresses: {}", names.text());
+    has(&look_up("none")?.text(), "NXDOMAIN")?;
     let port = s.k(&["get", "service", "outside", "-o", "jsonpath={.spec.ports[0].nodePort}"])?;
     for node in ["10.64.0.11", "10.64.0.12"] {
         wait_for(&format!("the NodePort on {node}"), seconds(15), || {
-            let ran =
-                s.exec("hub", &["busybox", "wget", "-T", "3", "-qO-", &format!("http://{node}:{port}/")])?;
+            let fetch = fetch(&format!("http://{node}:{port}/"));
+            let ran = s.exec("hub", &fetch.each_ref().map(String::as_str))?;
             Ok(if ran.out.starts_with("web-") { Ok(()) } else { Err(ran.text()) })
         })?;
     }
@@ -413,7 +421,7 @@ fn expose_and_reach(s: &Space) -> Result<()> {
     has(&slices, "\"ready\": true")?;
     s.k(&["scale", "deployment", "web", "--replicas=0"])?;
     wait_for("nobody to answer", seconds(20), || {
-        let ran = within(&["wget", "-T", "2", "-qO-", &format!("http://{ip}/")])?;
+        let ran = ask(&url)?;
         Ok(if ran.code != 0 { Ok(()) } else { Err(ran.out) })
     })
 }

@@ -39,6 +39,13 @@ pub fn wait_for<T, S: Display>(
     }
 }
 
+/// A command that prints what `url` answers. Python, since Debian's static busybox crashes in wget where there is no libc.
+pub fn fetch(url: &str) -> [String; 3] {
+    let program =
+        format!("import urllib.request as u; print(u.urlopen('{url}', timeout=3).read().decode(), end='')");
+    ["python3".to_string(), "-c".to_string(), program]
+}
+
 pub const fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }

@@ -341,8 +341,17 @@ fn descriptions(types: &Facts) -> Result<String, Failure> {
 /// Where cargo keeps the source of the build dependency.
 fn k8s_openapi_source() -> Result<PathBuf, Failure> {
     let cargo = std::env::var("CARGO")?;
-    let arguments = ["metadata", "--format-version", "1", "--offline", "--manifest-path", "Cargo.toml"];
-    let output = std::process::Command::new(cargo).args(arguments).output()?;
+    let host = std::env::var("HOST")?;
+    let arguments =
+        ["metadata", "--format-version", "1", "--manifest-path", "Cargo.toml", "--filter-platform", &host];
+    let ask = |offline: bool| {
+        std::process::Command::new(&cargo).args(arguments).args(offline.then_some("--offline")).output()
+    };
+    let mut output = ask(true)?;
+    if !output.status.success() {
+        // a fresh checkout has fetched what this build needs, but not yet all that the workspace names
+        output = ask(false)?;
+    }
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
     }

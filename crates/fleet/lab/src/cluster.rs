@@ -173,6 +173,9 @@ impl Lab {
         } else {
             config.push_str(&format!("server: https://{}:6443\n", self.state.nodes[0].ip));
         }
+        // there from the start: a file made later below a mounted overlay may stay unseen
+        let offset = folder.join("clock-offset-seconds");
+        fs::write(&offset, "0\n").map_err(LabError::file(offset))?;
         let path = folder.join("config.yaml");
         fs::write(&path, config).map_err(LabError::file(path))?;
         if registry {

@@ -204,6 +204,14 @@ impl Making<'_> {
         Ok(mounts)
     }
 
+    /// Volumes whose content the kubelet keeps up to date are read-only for containers, whatever the mount says.
+    fn is_written_by_kubelet(&self, name: &str) -> bool {
+        let volumes = self.pod.spec.iter().flat_map(|s| s.volumes.iter().flatten());
+        volumes.filter(|v| v.name == name).any(|v| {
+            v.config_map.is_some() || v.secret.is_some() || v.projected.is_some() || v.downward_api.is_some()
+        })
+    }
+
     fn volume_mount(
         &self,
         index: usize,
@@ -241,7 +249,7 @@ impl Making<'_> {
                 )
             })?
         };
-        let readonly = mount.read_only.unwrap_or(false);
+        let readonly = mount.read_only.unwrap_or(false) || self.is_written_by_kubelet(&mount.name);
         Ok(Mount {
             container_path: if mount.mount_path.starts_with('/') {
                 mount.mount_path.clone()

@@ -138,6 +138,10 @@ impl Runtime for Node {
     }
 
     async fn image_status(&self, image: &str) -> Result<Option<Image>, RuntimeError> {
+        let is_id = image.strip_prefix("sha256:").unwrap_or(image).bytes().all(|b| b.is_ascii_hexdigit());
+        if let (false, Err(source)) = (is_id, sampan_image::Reference::parse(image)) {
+            return Err(RuntimeError::Image { image: image.to_string(), source });
+        }
         if let Some(found) = self.inner.images.find(image) {
             return Ok(Some(self.inner.images.describe(&found)));
         }
