@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail};
 
@@ -31,6 +33,9 @@ pub struct Args {
     /// OCI archives of the images that the suite wants, for the lab's nodes
     #[arg(long)]
     images: Option<PathBuf>,
+    /// Tests at a time; those marked [Serial] run alone, last
+    #[arg(long, default_value_t = 4)]
+    jobs: usize,
     /// Seconds for one test
     #[arg(long, default_value_t = 300)]
     timeout_seconds: u64,
@@ -59,7 +64,7 @@ struct Outcome {
 
 pub fn run(args: &Args) -> Result<()> {
     let tests = read_list(&fs::read_to_string(LIST).context(LIST)?);
-    let mut record = read_record(&fs::read_to_string(RECORD).unwrap_or_default());
+    let record = read_record(&fs::read_to_string(RECORD).unwrap_or_default());
     let chosen = choose(args, &tests, &record)?;
     println!("{} of {} tests chosen", chosen.len(), tests.len());
     let scratch = std::env::temp_dir().join(format!("sampan-conformance-{}", std::process::id()));
@@ -70,24 +75,47 @@ pub fn run(args: &Args) -> Result<()> {
         None => start_lab(args, &scratch)?,
     };
     fs::write(RECORD, write_record(&tests, &record))?;
-    let mut passed = 0;
-    for (number, test) in chosen.iter().enumerate() {
-        let outcome = run_one(args, &kubeconfig, &scratch, test)?;
-        passed += usize::from(outcome.passed);
+    let progress = Mutex::new(Progress { record, done: 0, passed: 0 });
+    let told = |test: &Test, outcome: Outcome| -> Result<()> {
+        let mut progress = progress.lock().unwrap_or_else(|e| e.into_inner());
+        progress.done += 1;
+        progress.passed += usize::from(outcome.passed);
         let word = if outcome.passed { "ok  " } else { "FAIL" };
-        println!("{:>3}/{} {word} {}", number + 1, chosen.len(), test.name);
+        println!("{:>3}/{} {word} {}", progress.done, chosen.len(), test.name);
         if !outcome.passed {
             println!("         {}", outcome.reason);
         }
-        record.insert(test.name.clone(), outcome);
-        fs::write(RECORD, write_record(&tests, &record))?;
+        progress.record.insert(test.name.clone(), outcome);
+        Ok(fs::write(RECORD, write_record(&tests, &progress.record))?)
+    };
+    let (serial, parallel): (Vec<&Test>, Vec<&Test>) =
+        chosen.iter().partition(|t| t.name.contains("[Serial]"));
+    for (jobs, tests) in [(args.jobs.max(1), parallel), (1, serial)] {
+        let next = AtomicUsize::new(0);
+        let worker = |number: usize| -> Result<()> {
+            while let Some(test) = tests.get(next.fetch_add(1, Ordering::Relaxed)) {
+                told(test, run_one(args, &kubeconfig, &scratch.join(number.to_string()), test)?)?;
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..jobs).map(|number| scope.spawn(move || worker(number))).collect();
+            workers.into_iter().try_for_each(|w| w.join().unwrap_or_else(|_| bail!("a worker died")))
+        })?;
     }
+    let passed = progress.lock().unwrap_or_else(|e| e.into_inner()).passed;
     if own_lab {
         let _ = Command::new(&args.sampan).args(["lab", "down", "--name", LAB]).status();
     }
     let _ = fs::remove_dir_all(&scratch);
     println!("{passed} passed, {} failed", chosen.len() - passed);
     Ok(())
+}
+
+struct Progress {
+    record: BTreeMap<String, Outcome>,
+    done: usize,
+    passed: usize,
 }
 
 fn start_lab(args: &Args, scratch: &Path) -> Result<PathBuf> {
@@ -107,13 +135,12 @@ fn start_lab(args: &Args, scratch: &Path) -> Result<PathBuf> {
 }
 
 fn run_one(args: &Args, kubeconfig: &Path, scratch: &Path, test: &Test) -> Result<Outcome> {
-    let report = scratch.join("report.json");
-    let _ = fs::remove_file(&report);
+    fs::create_dir_all(scratch)?;
     let log = scratch.join("e2e.log");
     let status = Command::new(&args.binary)
         .arg(format!("--kubeconfig={}", kubeconfig.display()))
         .args(["--provider=skeleton", "--num-nodes=2", "--ginkgo.no-color", "--disable-log-dump=true"])
-        .arg(format!("--ginkgo.focus=^{}$", regex_quote(&test.name)))
+        .arg(format!("--ginkgo.focus={}$", regex_quote(&test.name)))
         .arg(format!("--ginkgo.timeout={}s", args.timeout_seconds))
         .stdin(Stdio::null())
         .stdout(fs::File::create(&log)?)

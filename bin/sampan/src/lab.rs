@@ -167,7 +167,10 @@ async fn wait_ready(lab: &Lab) -> Result<()> {
     let kubeconfig = loop {
         match lab.kubeconfig() {
             Some(text) => break text,
-            None => tokio::time::sleep(pause).await,
+            None => {
+                check_alive(lab)?;
+                tokio::time::sleep(pause).await;
+            }
         }
     };
     let client = crate::node::client_of_kubeconfig(&kubeconfig).await?;
@@ -183,7 +186,23 @@ async fn wait_ready(lab: &Lab) -> Result<()> {
                 told.push(name);
             }
         }
+        check_alive(lab)?;
         tokio::time::sleep(pause).await;
+    }
+    Ok(())
+}
+
+/// Waiting for a node whose process has ended would be in vain.
+fn check_alive(lab: &Lab) -> Result<()> {
+    for node in &lab.state.nodes {
+        if !node.agent.as_ref().is_some_and(|agent| agent.is_alive()) {
+            let log = std::fs::read_to_string(lab.log_path(&node.name)?).unwrap_or_default();
+            anyhow::bail!(
+                "the agent of node {} has ended: {}",
+                node.name,
+                log.lines().last().unwrap_or_default()
+            );
+        }
     }
     Ok(())
 }

@@ -331,7 +331,10 @@ impl Worker {
         self.restarting.retain(|id| known.contains(id));
         self.probes.retain(|(id, _), _| known.contains(id));
         let in_use: BTreeSet<String> = self.records.all().map(|c| c.image_id.clone()).collect();
-        self.images_by_id.retain(|id, _| in_use.contains(id));
+        // a container that is being made is in no list yet
+        if !self.ops.iter().any(|op| matches!(op, Op::Start(_))) {
+            self.images_by_id.retain(|id, _| in_use.contains(id));
+        }
     }
 
     fn stop_probes(&mut self, id: &str) {

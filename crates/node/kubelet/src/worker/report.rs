@@ -175,9 +175,11 @@ impl Worker {
     pub(super) fn status_written(&mut self, sent: PodStatus, result: Result<u64, StatusError>) {
         self.ops.remove(&Op::Status);
         match result {
-            Ok(version) => {
-                self.written = sent;
-                self.written_version = self.written_version.max(version);
+            Ok(own) => {
+                let seen = version(&self.pod);
+                // somebody else may have written after us, seen while ours was under way
+                self.written = if seen > own { self.pod.status.clone().unwrap_or_default() } else { sent };
+                self.written_version = self.written_version.max(own).max(seen);
                 self.retry_status = super::Retry::default();
             }
             Err(StatusError::Gone) => {
