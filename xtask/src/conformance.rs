@@ -161,13 +161,11 @@ fn run_one(args: &Args, kubeconfig: &Path, scratch: &Path, test: &Test) -> Resul
     Ok(Outcome { passed: status.success() && ran_one, date: date.unwrap_or_default(), reason })
 }
 
-/// The line that says why, from the suite's output.
+/// The line that says why, from the suite's output: `[FAILED] …`, but not the one that only says how long it took.
 fn failure(output: &str) -> String {
-    let mut lines = output.lines().skip_while(|l| !l.contains("[FAILED]"));
-    let first = lines.next().unwrap_or("the suite ended without a verdict");
-    let line = first.split("[FAILED]").last().unwrap_or(first).trim();
-    let more = if line.is_empty() { lines.next().unwrap_or_default().trim() } else { line };
-    more.chars().filter(|c| *c != '|').take(160).collect()
+    let words = output.lines().filter_map(|l| l.split_once("[FAILED]")).map(|(_, why)| why.trim());
+    let why = words.into_iter().find(|w| !w.is_empty() && !w.ends_with("seconds]"));
+    why.unwrap_or("the suite ended without a verdict").chars().filter(|c| *c != '|').take(160).collect()
 }
 
 fn choose<'a>(args: &Args, tests: &'a [Test], record: &BTreeMap<String, Outcome>) -> Result<Vec<&'a Test>> {
@@ -307,5 +305,6 @@ mod tests {
         let record = BTreeMap::from([(tests[0].name.clone(), outcome)]);
         assert_eq!(read_record(&write_record(&tests, &record)), record);
         assert_eq!(regex_quote("[a] b.c"), "\\[a\\] b\\.c");
+        assert_eq!(failure("x [FAILED] [3.1 seconds]\n  [FAILED] no such pod\n"), "no such pod");
     }
 }
