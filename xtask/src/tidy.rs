@@ -35,7 +35,9 @@ const EXCEPTIONS: &[(&str, &str)] = &[
 const BANNED_NAMES: &[&str] = &["mod.rs", "utils.rs", "util.rs", "common.rs", "helpers.rs", "manager.rs"];
 
 pub fn run() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has a parent")?.to_path_buf();
+    // asked when run, not when built: several checkouts may share one target folder
+    let own = std::env::var_os("CARGO_MANIFEST_DIR").context("run it as `cargo xtask tidy`")?;
+    let root = Path::new(&own).parent().context("xtask has a parent")?.to_path_buf();
     let files = rust_files(&root)?;
     let mut wrong = Vec::new();
     for file in &files {

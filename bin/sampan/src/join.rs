@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
 pub const PATH: &str = "/v1-sampan/join";
+/// The cluster's certificate authority, for anyone: agents hold it against their token's hash.
+pub const AUTHORITY_PATH: &str = "/cacerts";
 /// Answers here are small.
 const MAX_BODY_BYTES: usize = 256 * 1024;
 
@@ -123,9 +125,9 @@ fn node_password(folder: &Path) -> Result<String> {
 }
 
 async fn fetch_authority(server: &str) -> Result<String> {
-    let (status, body) = send(server, None, Request::get("/cacerts"), Vec::new()).await?;
+    let (status, body) = send(server, None, Request::get(AUTHORITY_PATH), Vec::new()).await?;
     if status != StatusCode::OK {
-        bail!("{server}/cacerts answered {status}");
+        bail!("{server}{AUTHORITY_PATH} answered {status}");
     }
     Ok(String::from_utf8(body)?)
 }

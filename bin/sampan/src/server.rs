@@ -99,7 +99,6 @@ async fn serve(args: Args) -> Result<()> {
     config.service_cidrs = vec![addresses.service_cidr];
     config.node_ports = addresses.node_ports.clone();
     config.advertise = Some(addresses.advertise);
-    config.ca_certificates = authority.certificate_pem().to_string();
     config.extra = Some(endpoint.router());
     config.extra_prefixes = tunnel_endpoint::PREFIXES.iter().map(|p| (*p).to_string()).collect();
     config.openid =

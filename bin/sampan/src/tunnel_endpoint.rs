@@ -16,14 +16,12 @@ use sampan_tunnel::Nodes;
 use tower::service_fn;
 use tower::util::BoxCloneSyncService;
 
-use crate::join::{Cluster, JoinAnswer, JoinRequest};
+use crate::join::{AUTHORITY_PATH, Cluster, JoinAnswer, JoinRequest};
 
 /// Members of this group may join nodes: upstream's group of bootstrap tokens.
 pub const JOINERS: &str = "system:bootstrappers";
 /// What is answered here and not by the API server.
 pub const PREFIXES: &[&str] = &["/v1-sampan/", AUTHORITY_PATH];
-/// The cluster's certificate authority, for anyone: agents hold it against their token's hash.
-const AUTHORITY_PATH: &str = "/cacerts";
 
 pub struct Endpoint {
     pub authority: Arc<Authority>,

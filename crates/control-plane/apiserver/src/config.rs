@@ -124,8 +124,6 @@ pub struct Config {
     pub openid: Option<OpenId>,
     /// Where clients outside reach this server: the endpoint of the `kubernetes` service.
     pub advertise: Option<std::net::SocketAddr>,
-    /// The certificates at `/cacerts`, PEM.
-    pub ca_certificates: String,
     pub extra: Option<ExtraRouter>,
     pub extra_prefixes: Vec<String>,
     /// Reads and writes in flight at once, before 429 (upstream: 400 and 200).
@@ -143,7 +141,6 @@ impl Config {
             version: VersionInfo::default(),
             openid: None,
             advertise: None,
-            ca_certificates: String::new(),
             extra: None,
             extra_prefixes: Vec::new(),
             reads_max: 400,

@@ -35,7 +35,6 @@ pub async fn serve(
             response.headers_mut().insert(header::CONTENT_TYPE, version);
             Ok(response)
         }
-        ["cacerts"] => Ok(reply::text(200, server.config.ca_certificates.clone())),
         [".well-known", "openid-configuration"] => match &server.config.openid {
             Some(openid) => Ok(discovery_document(&openid.configuration, "application/json")),
             None => Err(Status::no_such_path()),
