@@ -25,6 +25,7 @@ const APPLICATION_ID: i64 = 0x534d_504e;
 const FORMAT: i64 = 1;
 /// After a crash a file up to this size is checked as a whole; a bigger one would hold up the start too long.
 const CHECKED_AFTER_CRASH_BYTES: u64 = 64 << 20;
+const LOCK_STEP: Duration = Duration::from_millis(20);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pages of WAL before they go to their places: 2 MiB.
 const WAL_PAGES: u32 = 512;
@@ -82,7 +83,7 @@ fn unsigned(number: i64) -> u64 {
 
 pub(crate) fn open(options: &Options) -> Result<Opened, StoreError> {
     let path = options.path.as_path();
-    let lock = lock(path)?;
+    let lock = lock(path, options.lock_wait)?;
     let opened = (|| {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
             | OpenFlags::SQLITE_OPEN_CREATE
@@ -134,7 +135,7 @@ pub(crate) fn open(options: &Options) -> Result<Opened, StoreError> {
     Ok(Opened { connection, meta, lock })
 }
 
-fn lock(path: &Path) -> Result<File, StoreError> {
+fn lock(path: &Path, patience: Duration) -> Result<File, StoreError> {
     let io = |e: std::io::Error| StoreError::Io { path: path.display().to_string(), detail: e.to_string() };
     let mut name = path.as_os_str().to_owned();
     name.push("-lock");
@@ -145,12 +146,20 @@ fn lock(path: &Path) -> Result<File, StoreError> {
         .mode(0o600)
         .open(PathBuf::from(name))
         .map_err(io)?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            return Err(StoreError::Locked { path: path.display().to_string() });
+    let mut waited = Duration::ZERO;
+    loop {
+        match file.try_lock() {
+            Ok(()) => break,
+            // a process that was just killed holds its locks until its last thread has ended
+            Err(TryLockError::WouldBlock) if waited < patience => {
+                std::thread::sleep(LOCK_STEP);
+                waited += LOCK_STEP;
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(StoreError::Locked { path: path.display().to_string() });
+            }
+            Err(TryLockError::Error(e)) => return Err(io(e)),
         }
-        Err(TryLockError::Error(e)) => return Err(io(e)),
     }
     // SQLite gives its WAL the mode of the file: secrets lie in both.
     OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path).map_err(io)?;

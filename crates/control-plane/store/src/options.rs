@@ -20,6 +20,8 @@ pub struct Options {
     pub history_bytes: usize,
     /// etcd's default limit of a request is 1.5 MiB.
     pub max_value_bytes: usize,
+    /// How long another process that has the store open is waited for: one that was killed may still be ending.
+    pub lock_wait: Duration,
 }
 
 impl Options {
@@ -33,6 +35,7 @@ impl Options {
             flush_after_keys: 1024,
             history_bytes: 4 << 20,
             max_value_bytes: 3 << 19,
+            lock_wait: Duration::from_secs(10),
         }
     }
 

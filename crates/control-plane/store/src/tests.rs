@@ -304,11 +304,16 @@ async fn restarts() {
     assert_eq!(events(&take(&mut after.watch("/p/", 1).unwrap(), 2).await), "Put /p/a=1 []; Put /p/b=1 []");
 
     // A clean end keeps all and goes on with the next revision.
-    let again = Store::open(bench.options.clone());
-    assert!(matches!(again, Err(StoreError::Locked { .. })));
+    let impatient = Options { lock_wait: Duration::ZERO, ..bench.options.clone() };
+    assert!(matches!(Store::open(impatient), Err(StoreError::Locked { .. })));
+    // one that is about to end is waited for
+    let patient = bench.options.clone();
+    let successor = std::thread::spawn(move || Store::open(patient).map(|store| store.revision()));
+    std::thread::sleep(Duration::from_millis(60));
     store.close().await.unwrap();
     assert!(matches!(store.write(Write::put("/p/a", "2")).await, Err(WriteError::Store(StoreError::Closed))));
     drop(store);
+    assert_eq!(successor.join().unwrap().unwrap(), revision);
     let store = bench.open();
     assert_eq!(store.revision(), revision);
     assert_eq!(list(&store, Range::prefix("")).await, "/event/a=1 /lease/a=2 /p/a=1");

@@ -59,15 +59,20 @@ impl Process {
     }
 }
 
-/// `None` for a process that is gone or a zombie.
+/// `None` for a process that is gone, or a zombie with all its threads.
 fn start_time(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // the command's name may hold blanks and parentheses
     let mut fields = stat.get(stat.rfind(')')? + 2..)?.split(' ');
     match fields.next()? {
-        "Z" | "X" => None,
+        // a killed process's first thread may be a zombie while others still hold its files and locks
+        "Z" | "X" if threads(pid) <= 1 => None,
         _ => fields.nth(18)?.parse().ok(),
     }
+}
+
+fn threads(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
 }
 
 #[cfg(test)]
