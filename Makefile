@@ -26,6 +26,11 @@ bench: prepare
 	$(CARGO) build --release -p sampan -p sampan-bench
 	@"$$($(CARGO) metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/sampan-bench" budgets
 
+# Static binaries for x86_64, aarch64 and armv7 in <target folder>/dist; each is run, under emulation where it must be.
+release:
+	@./.ci/prepare release
+	$(CARGO) xtask release
+
 # Every parser of foreign bytes, FUZZ_SECONDS each; needs cargo-fuzz, which works with the stable compiler here.
 FUZZ_SECONDS ?= 30
 fuzz:

@@ -1,5 +1,6 @@
-//! The project's own chores: `cargo xtask tidy`, `cargo xtask conformance`.
+//! The project's own chores: `cargo xtask tidy`, `cargo xtask conformance`, `cargo xtask release`.
 mod conformance;
+mod release;
 mod tidy;
 
 use clap::{Parser, Subcommand};
@@ -17,12 +18,15 @@ enum Command {
     Tidy,
     /// Run a given build of upstream's e2e suite against a lab and record what passed
     Conformance(conformance::Args),
+    /// Build static musl binaries for x86_64, aarch64 and armv7, and run each
+    Release(release::Args),
 }
 
 fn main() -> std::process::ExitCode {
     let done = match Cli::parse().command {
         Command::Tidy => tidy::run(),
         Command::Conformance(args) => conformance::run(&args),
+        Command::Release(args) => release::run(&args),
     };
     match done {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -27,6 +27,7 @@ const EXCEPTIONS: &[(&str, &str)] = &[
     ("sampan-kubelet", "sampan-volumes"),
     // the runtime pulls through the one registry client
     ("sampan-runtime", "sampan-image"),
+    ("sampan-manifests", "sampan-image"),
     // one small encoder of netlink messages for all that configures the kernel's network
     ("sampan-pods", "sampan-netlink"),
     ("sampan-services", "sampan-netlink"),

@@ -4,18 +4,17 @@
 //! Handlers run in the watch's own task: they must only look and enqueue (see [`crate::WorkQueue`]). Objects are kept
 //! without `managedFields`. An informer is started when it is first asked for.
 use std::any::{Any, TypeId};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use futures::StreamExt;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use kube::runtime::watcher::{self, watcher};
-use kube::runtime::{WatchStreamExt, watcher::Config};
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::{Client, Resource, ResourceExt};
 use parking_lot::{Mutex, RwLock};
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
+
+use crate::reflector::{self, Sink, Source};
 
 /// What an informer can hold.
 pub trait Object:
@@ -65,6 +64,82 @@ struct Shared<K> {
     owned: RwLock<HashMap<String, Vec<Key>>>,
     handlers: Mutex<Vec<Handler<K>>>,
     synced: watch::Sender<bool>,
+    /// What a relist brought so far, to find what is gone when it is complete.
+    listed: Mutex<Option<BTreeSet<Key>>>,
+}
+
+impl<K: Object> Sink for Shared<K> {
+    fn begin(&self) {
+        *self.listed.lock() = Some(BTreeSet::new());
+    }
+
+    fn apply(&self, object: &str) -> Result<Option<String>, serde_json::Error> {
+        let object: K = serde_json::from_str(object)?;
+        let revision = object.meta().resource_version.clone();
+        if let Some(listed) = self.listed.lock().as_mut() {
+            listed.insert(key(&object));
+        }
+        self.put(object);
+        Ok(revision)
+    }
+
+    fn delete(&self, object: &str) -> Result<Option<String>, serde_json::Error> {
+        let last: K = serde_json::from_str(object)?;
+        let revision = last.meta().resource_version.clone();
+        self.remove(&key(&last), Some(last));
+        Ok(revision)
+    }
+
+    fn complete(&self) {
+        if let Some(listed) = self.listed.lock().take() {
+            let gone: Vec<Key> =
+                self.objects.read().keys().filter(|k| !listed.contains(*k)).cloned().collect();
+            gone.iter().for_each(|k| self.remove(k, None));
+        }
+        self.synced.send_replace(true);
+    }
+}
+
+impl<K: Object> Shared<K> {
+    fn put(&self, mut object: K) {
+        object.managed_fields_mut().clear();
+        let (key, new) = (key(&object), Arc::new(object));
+        let handlers = self.handlers.lock();
+        let old = self.objects.write().insert(key.clone(), new.clone());
+        let owner = controller_of(&*new).map(|o| o.uid.clone());
+        let old_owner = old.as_ref().and_then(|o| controller_of(&**o)).map(|o| o.uid.clone());
+        if owner != old_owner {
+            self.unindex(&key, old_owner);
+            if let Some(uid) = owner {
+                self.owned.write().entry(uid).or_default().push(key);
+            }
+        }
+        match &old {
+            Some(old) if old.meta().resource_version == new.meta().resource_version => {}
+            Some(old) => handlers.iter().for_each(|h| h(&Event::Updated { old, new: &new })),
+            None => handlers.iter().for_each(|h| h(&Event::Added(&new))),
+        }
+    }
+
+    /// The handlers see the object's last state where it is known.
+    fn remove(&self, key: &Key, last: Option<K>) {
+        let handlers = self.handlers.lock();
+        let Some(old) = self.objects.write().remove(key) else { return };
+        self.unindex(key, controller_of(&*old).map(|o| o.uid.clone()));
+        let last = last.map_or(old, Arc::new);
+        handlers.iter().for_each(|h| h(&Event::Deleted(&last)));
+    }
+
+    fn unindex(&self, key: &Key, owner: Option<String>) {
+        let Some(uid) = owner else { return };
+        let mut owned = self.owned.write();
+        if let Some(keys) = owned.get_mut(&uid) {
+            keys.retain(|k| k != key);
+            if keys.is_empty() {
+                owned.remove(&uid);
+            }
+        }
+    }
 }
 
 /// A handle to a shared informer.
@@ -77,11 +152,13 @@ impl<K> Clone for Informer<K> {
 }
 
 impl<K: Object> Informer<K> {
-    /// An informer over what `api` sees, with its own task, ended when the runtime ends.
-    pub fn start(api: Api<K>, config: Config) -> Self {
+    /// An informer over all objects that match a field selector ("": all), with its own task, ended with the runtime.
+    pub fn start(client: Client, fields: &str) -> Self {
         let informer = Self::detached();
-        let runner = informer.clone();
-        tokio::spawn(async move { runner.follow(api, config).await });
+        let sink: Arc<dyn Sink> = informer.0.clone();
+        let source =
+            Source { path: K::url_path(&(), None), fields: fields.to_string(), metadata_only: false };
+        tokio::spawn(async move { reflector::follow(&client, &source, &*sink).await });
         informer
     }
 
@@ -92,95 +169,18 @@ impl<K: Object> Informer<K> {
             owned: RwLock::default(),
             handlers: Mutex::default(),
             synced: watch::channel(false).0,
+            listed: Mutex::default(),
         }))
     }
 
-    async fn follow(&self, api: Api<K>, config: Config) {
-        let mut events = std::pin::pin!(watcher(api, config).default_backoff());
-        // what a relist brings, to find what is gone when it is complete
-        let mut listed: Option<BTreeMap<Key, ()>> = None;
-        while let Some(event) = events.next().await {
-            match event {
-                Ok(watcher::Event::Init) => listed = Some(BTreeMap::new()),
-                Ok(watcher::Event::InitApply(object)) => {
-                    if let Some(listed) = listed.as_mut() {
-                        listed.insert(key(&object), ());
-                    }
-                    self.put(object);
-                }
-                Ok(watcher::Event::InitDone) => {
-                    if let Some(listed) = listed.take() {
-                        let gone: Vec<Key> = self
-                            .0
-                            .objects
-                            .read()
-                            .keys()
-                            .filter(|k| !listed.contains_key(*k))
-                            .cloned()
-                            .collect();
-                        gone.iter().for_each(|k| self.remove(k));
-                    }
-                    self.0.synced.send_replace(true);
-                }
-                Ok(watcher::Event::Apply(object)) => self.put(object),
-                Ok(watcher::Event::Delete(object)) => self.remove_last(object),
-                Err(error) => tracing::debug!(kind = %K::kind(&()), %error, "watch failed, will retry"),
-            }
-        }
-    }
-
     /// Holds `object` and tells the handlers.
-    pub fn put(&self, mut object: K) {
-        object.managed_fields_mut().clear();
-        let (key, new) = (key(&object), Arc::new(object));
-        let handlers = self.0.handlers.lock();
-        let old = self.0.objects.write().insert(key.clone(), new.clone());
-        let owner = controller_of(&*new).map(|o| o.uid.clone());
-        let old_owner = old.as_ref().and_then(|o| controller_of(&**o)).map(|o| o.uid.clone());
-        if owner != old_owner {
-            self.unindex(&key, old_owner);
-            if let Some(uid) = owner {
-                self.0.owned.write().entry(uid).or_default().push(key);
-            }
-        }
-        match &old {
-            Some(old) if old.meta().resource_version == new.meta().resource_version => {}
-            Some(old) => handlers.iter().for_each(|h| h(&Event::Updated { old, new: &new })),
-            None => handlers.iter().for_each(|h| h(&Event::Added(&new))),
-        }
+    pub fn put(&self, object: K) {
+        self.0.put(object);
     }
 
     /// Drops the object of that key and tells the handlers.
     pub fn remove(&self, key: &Key) {
-        let handlers = self.0.handlers.lock();
-        let old = self.0.objects.write().remove(key);
-        if let Some(old) = old {
-            self.unindex(key, controller_of(&*old).map(|o| o.uid.clone()));
-            handlers.iter().for_each(|h| h(&Event::Deleted(&old)));
-        }
-    }
-
-    /// Like [`Self::remove`], but the handlers see the object's last state.
-    fn remove_last(&self, last: K) {
-        let key = key(&last);
-        let handlers = self.0.handlers.lock();
-        let old = self.0.objects.write().remove(&key);
-        if let Some(old) = old {
-            self.unindex(&key, controller_of(&*old).map(|o| o.uid.clone()));
-            let last = Arc::new(last);
-            handlers.iter().for_each(|h| h(&Event::Deleted(&last)));
-        }
-    }
-
-    fn unindex(&self, key: &Key, owner: Option<String>) {
-        let Some(uid) = owner else { return };
-        let mut owned = self.0.owned.write();
-        if let Some(keys) = owned.get_mut(&uid) {
-            keys.retain(|k| k != key);
-            if keys.is_empty() {
-                owned.remove(&uid);
-            }
-        }
+        self.0.remove(key, None);
     }
 
     /// Calls `handler` on every change; what is there already arrives as `Added` at once.
@@ -249,13 +249,9 @@ impl Informers {
     /// The informer of the objects that match a field selector.
     pub fn selected<K: Object>(&self, fields: &str) -> Informer<K> {
         let mut started = self.started.lock();
-        let informer = started.entry((TypeId::of::<K>(), fields.to_string())).or_insert_with(|| {
-            let config = match fields {
-                "" => Config::default(),
-                _ => Config::default().fields(fields),
-            };
-            Box::new(Informer::<K>::start(Api::all(self.client.clone()), config))
-        });
+        let informer = started
+            .entry((TypeId::of::<K>(), fields.to_string()))
+            .or_insert_with(|| Box::new(Informer::<K>::start(self.client.clone(), fields)));
         match informer.downcast_ref::<Informer<K>>() {
             Some(informer) => informer.clone(),
             // the key holds the type, so this does not happen; a detached one would only be silent

@@ -5,6 +5,7 @@
 pub mod identity;
 pub mod in_process;
 pub mod informer;
+pub mod reflector;
 pub mod work_queue;
 
 pub use identity::Identity;

@@ -24,6 +24,8 @@ pub struct Up {
     pub images: Option<PathBuf>,
     /// A docker-registry in the lab at `registry.lab:5000`.
     pub registry: bool,
+    /// Machines without an agent, for installing one: the lab starts nothing in them and gives them no token.
+    pub bare: bool,
     pub server_args: Vec<String>,
     pub agent_args: Vec<String>,
 }
@@ -62,6 +64,7 @@ impl Lab {
             forward: None,
             api_port: up.api_port,
             token,
+            bare: up.bare,
             server_args: up.server_args.clone(),
             agent_args: up.agent_args.clone(),
         };
@@ -96,7 +99,9 @@ impl Lab {
                 share_images(images, &folder.join("data/agent/images"))?;
             }
             self.write_config(number, up.registry)?;
-            self.start(&name)?;
+            if !up.bare {
+                self.start(&name)?;
+            }
         }
         self.start_forwarder(hub.pid)
     }
@@ -109,7 +114,9 @@ impl Lab {
         let tmp = folder.join("tmp");
         fs::set_permissions(&tmp, fs::Permissions::from_mode(0o1777)).map_err(LabError::file(tmp))?;
         let folder = folder.display().to_string();
-        started(this_program()?.args(["lab-spawn", name, &folder]), "starting a node")
+        let mut command = this_program()?;
+        command.args(["lab-spawn", name, &folder]).args(self.state.bare.then_some("bare"));
+        started(&mut command, "starting a node")
     }
 
     fn start_registry(&mut self, hub_folder: &Path) -> Result<(), LabError> {
@@ -161,14 +168,22 @@ impl Lab {
         let folder = self.state.node_folder(&node.name).join("etc/sampan");
         make_folder(&folder)?;
         let mut config = format!(
-            "node-name: {}\nnode-ip: {}\ntoken: {}\ncgroup-root: {}\nplatform: {}\n",
+            "node-name: {}\nnode-ip: {}\ncgroup-root: {}\nplatform: {}\n",
             node.name,
             node.ip,
-            self.state.token,
             self.state.cgroup(&node.name),
             platform(&node.arch),
         );
-        if number == 0 {
+        // all nodes share the machine's disk: one that is rather full is no reason to evict pods or images here
+        config.push_str(
+            "kubelet-arg: [image-gc-high-threshold=100, 'eviction-hard=memory.available<100Mi,nodefs.available<1%']\n",
+        );
+        if !self.state.bare {
+            config.push_str(&format!("token: {}\n", self.state.token));
+        }
+        if self.state.bare {
+            // whoever installs says what the node is to be
+        } else if number == 0 {
             config.push_str("tls-san: [127.0.0.1, localhost]\nwrite-kubeconfig-mode: '600'\n");
         } else {
             config.push_str(&format!("server: https://{}:6443\n", self.state.nodes[0].ip));
@@ -211,6 +226,12 @@ impl Lab {
     /// Starts the agent (on the first node, the server) unless it runs.
     pub fn start(&mut self, node: &str) -> Result<(), LabError> {
         let number = self.number(node)?;
+        if self.state.bare {
+            return Err(LabError::failed(
+                format!("starting node {node}"),
+                "a bare lab has no agents of its own",
+            ));
+        }
         if self.state.nodes[number].agent.as_ref().is_some_and(Process::is_alive) {
             return Ok(());
         }

@@ -12,7 +12,12 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::LabError;
 
-/// `lab-spawn NAME FOLDER`: unshares, starts `lab-init` as PID 1 of the new namespaces, waits until it is ready and
+/// What every node has of its own on top of the machine's.
+const OWN: &[&str] = &["etc", "var"];
+/// What a bare node has besides, as owners install programs and keep homes.
+const BARE: &[&str] = &["usr/local", "root", "home"];
+
+/// `lab-spawn NAME FOLDER [bare]`: unshares, starts `lab-init` as PID 1 of the new namespaces, waits until it is ready and
 /// prints its pid.
 pub fn spawn(args: &[String]) -> Result<i32, LabError> {
     unshare(
@@ -49,13 +54,15 @@ pub fn spawn(args: &[String]) -> Result<i32, LabError> {
     Ok(0)
 }
 
-/// `lab-init NAME FOLDER`: PID 1.
+/// `lab-init NAME FOLDER [bare]`: PID 1.
 pub fn run(args: &[String]) -> Result<i32, LabError> {
-    let [name, folder] = args else { return Err(LabError::failed("lab-init", "needs NAME and FOLDER")) };
+    let [name, folder, bare @ ..] = args else {
+        return Err(LabError::failed("lab-init", "needs NAME and FOLDER"));
+    };
     if std::process::id() != 1 {
         return Err(LabError::failed("lab-init", "is started by `sampan lab up` only, as PID 1 of a node"));
     }
-    prepare(name, Path::new(folder))?;
+    prepare(name, Path::new(folder), !bare.is_empty())?;
     let mut out = std::io::stdout();
     out.write_all(b"ready\n")
         .and_then(|()| out.flush())
@@ -90,16 +97,19 @@ fn reap() {
     }
 }
 
-fn prepare(name: &str, folder: &Path) -> Result<(), LabError> {
+fn prepare(name: &str, folder: &Path, bare: bool) -> Result<(), LabError> {
     nix::unistd::sethostname(name).map_err(|e| LabError::failed("sethostname", e))?;
     make(None, "/", None, MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
     // pods may ask for shared propagation inside the node
     let binary = keep(&std::env::current_exe().map_err(LabError::os("finding this program"))?)?;
     let own = |sub: &str| keep(&folder.join(sub));
     let (data, tmp) = (own("data")?, own("tmp")?);
-    // /etc and /var are the machine's with the node's own changes on top
-    for part in ["etc", "var"] {
-        let (upper, work) = (folder.join(part), folder.join(format!("{part}-work")));
+    // /etc and /var are the machine's with the node's own changes on top. /var is last: the node's folder may lie below
+    // it, and the layers of an overlay cannot be on another one
+    let more: &[&str] = if bare { BARE } else { &[] };
+    for part in more.iter().chain(OWN) {
+        let folded = part.replace('/', "-");
+        let (upper, work) = (folder.join(&folded), folder.join(format!("{folded}-work")));
         for path in [&upper, &work] {
             fs::create_dir_all(path).map_err(LabError::file(path))?;
         }

@@ -27,6 +27,9 @@ pub struct LabState {
     pub forward: Option<Process>,
     pub api_port: u16,
     pub token: String,
+    /// The lab starts no agents.
+    #[serde(default)]
+    pub bare: bool,
     /// What every server and agent of the lab gets besides.
     pub server_args: Vec<String>,
     pub agent_args: Vec<String>,
