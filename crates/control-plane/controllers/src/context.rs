@@ -1,5 +1,4 @@
 //! What controllers are handed: the process's [`Context`], and each controller's [`Scope`] of it.
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,16 +6,17 @@ use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::PodSpec;
 use kube::Client;
 use sampan_client::Informers;
+use sampan_drivers::runtime::Platform;
 
 use crate::events::EventRecorder;
 
 /// Makes the client of the service account `kube-system/<name>`.
 pub type Clients = Arc<dyn Fn(&'static str) -> Client + Send + Sync>;
 
-/// The platforms (`os/arch` or `os/arch/variant`) that all images of a pod of that namespace have; `None` when that
-/// is not known, which allows every node.
+/// The platforms of each image that a pod of that namespace has pulled, of those images where they are known: what is
+/// not known allows every node.
 pub type ImagePlatforms =
-    Arc<dyn Fn(String, PodSpec) -> BoxFuture<'static, Option<BTreeSet<String>>> + Send + Sync>;
+    Arc<dyn Fn(String, PodSpec) -> BoxFuture<'static, Vec<Vec<Platform>>> + Send + Sync>;
 
 /// What kube-controller-manager has as flags; defaults are upstream's.
 #[derive(Clone, Debug)]

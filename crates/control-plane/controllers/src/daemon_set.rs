@@ -174,12 +174,12 @@ impl DaemonSetController {
         let Some(spec) = set.spec.as_ref().and_then(|s| s.template.spec.as_ref()) else {
             return BTreeMap::new();
         };
-        let platforms = match &self.image_platforms {
+        let images = match &self.image_platforms {
             Some(platforms) => platforms(namespace(set).to_string(), spec.clone()).await,
-            None => None,
+            None => Vec::new(),
         };
         let nodes = self.nodes.list();
-        nodes.iter().map(|n| (name(&**n).to_string(), decide(spec, n, platforms.as_ref()))).collect()
+        nodes.iter().map(|n| (name(&**n).to_string(), decide(spec, n, &images))).collect()
     }
 
     /// Creates what is missing and deletes what is too many, node by node.

@@ -3,10 +3,11 @@
 //!
 //! What stays true: silence is measured by this process's own clock from when it saw the node's status or lease change,
 //! so a clock that jumps does no harm; when every node is silent it is more likely ourselves who are cut off, and
-//! nothing is evicted. Deliberate differences: nothing is polled, a node is looked at when it could have become silent;
+//! nothing is evicted. A node that falls silent has its pods marked not ready once; what says they are ready after that
+//! is the node itself. Deliberate differences: nothing is polled, a node is looked at when it could have become silent;
 //! there are no zones with their own eviction rates, but as upstream does in small zones, when more than two nodes and
 //! over 55 % of them are not ready, no more are tainted for eviction.
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use parking_lot::Mutex;
-use sampan_client::informer::Key;
+use sampan_client::informer::{Key, key};
 use sampan_client::{Event, Informer, WorkQueue};
 use sampan_world::clock;
 use serde_json::json;
@@ -25,6 +26,7 @@ use tokio::time::Instant;
 use crate::controller::{Controller, Descriptor, SyncResult, run};
 use crate::controller_ref::{is_deleting, name, namespace, uid};
 use crate::events::EventRecorder;
+use crate::expectations::OwnWrites;
 use crate::{Options, Scope, api_error, pod_state};
 
 pub static DESCRIPTOR: Descriptor = Descriptor {
@@ -64,7 +66,18 @@ struct NodeLifecycleController {
     pods: Informer<Pod>,
     /// When each node was last seen to report.
     heard: Mutex<HashMap<String, Instant>>,
-    queue: WorkQueue<String>,
+    /// Nodes that fell silent and whose pods are not all marked yet.
+    unmarked: Mutex<HashSet<String>>,
+    writes: OwnWrites,
+    queue: WorkQueue<Item>,
+}
+
+/// What is looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Item {
+    Node(String),
+    /// A pod that was put on a node that may not be ready.
+    Pod(Key),
 }
 
 impl NodeLifecycleController {
@@ -77,6 +90,8 @@ impl NodeLifecycleController {
             leases: scope.informers.selected("metadata.namespace=kube-node-lease"),
             pods: scope.informers.of(),
             heard: Mutex::default(),
+            unmarked: Mutex::default(),
+            writes: OwnWrites::default(),
             queue: WorkQueue::new(),
         });
         let me = this.clone();
@@ -112,10 +127,12 @@ impl NodeLifecycleController {
                 if ready(old) != ready(new) {
                     self.wake_all();
                 }
-                self.queue.add(node);
+                self.queue.add(Item::Node(node));
             }
             Event::Deleted(old) => {
                 self.heard.lock().remove(&node);
+                self.unmarked.lock().remove(&node);
+                self.writes.forget(&key(&***old));
                 self.events.normal(
                     &***old,
                     "RemovingNode",
@@ -140,22 +157,16 @@ impl NodeLifecycleController {
         }
     }
 
-    /// A pod that says it is ready on a node that is not is corrected.
     fn pod_changed(&self, event: &Event<'_, Pod>) {
-        let pod = event.object();
-        let node = pod_state::node_name(pod);
-        if node.is_empty() || matches!(event, Event::Deleted(_)) || !pod_state::is_ready(pod) {
-            return;
-        }
-        if self.nodes.get("", node).is_some_and(|n| ready(&n) != "True") {
-            self.queue.add(node.to_string());
+        if is_new_on_node(event) {
+            self.queue.add(Item::Pod(key(&**event.object())));
         }
     }
 
     /// One node's health may decide whether others are tainted.
     fn wake_all(&self) {
         for node in self.nodes.list() {
-            self.queue.add(name(&*node).to_string());
+            self.queue.add(Item::Node(name(&*node).to_string()));
         }
     }
 
@@ -178,32 +189,73 @@ impl NodeLifecycleController {
         let patch = json!({"status": {"conditions": conditions}});
         let api: Api<Node> = Api::all(self.client.clone());
         let patched = api.patch_status(name(node), &PatchParams::default(), &Patch::Strategic(&patch)).await;
-        let was_ready = ready(node) == "True";
-        if api_error::found(patched)?.is_some() && was_ready {
+        let Some(written) = api_error::found(patched)? else { return Ok(()) };
+        self.writes.wrote(&written);
+        if ready(node) == "True" {
+            self.unmarked.lock().insert(name(node).to_string());
             let message = format!("Node {} status is now: NodeNotReady", name(node));
             self.events.normal(node, "NodeNotReady", message);
         }
         Ok(())
     }
 
-    /// Sets the Ready condition of all pods of a node that is not ready to False.
+    /// Sets the Ready condition of all pods of a node that fell silent to False, if that is still to be done.
     async fn mark_pods_not_ready(&self, node: &str) -> SyncResult {
-        for pod in self.pods.list() {
-            if pod_state::node_name(&pod) != node || !pod_state::is_ready(&pod) {
-                continue;
-            }
-            let now = Time(clock::now_seconds());
-            let condition = json!({"type": "Ready", "status": "False", "lastTransitionTime": now});
-            let patch = json!({"metadata": {"uid": uid(&*pod)}, "status": {"conditions": [condition]}});
-            let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace(&*pod));
-            let patched =
-                api.patch_status(name(&*pod), &PatchParams::default(), &Patch::Strategic(&patch)).await;
-            match patched {
-                Err(e) if !api_error::is_not_found(&e) && !api_error::is_conflict(&e) => return Err(e.into()),
-                _ => self.events.warning(&*pod, "NodeNotReady", "Node is not ready"),
-            }
+        if !self.unmarked.lock().contains(node) {
+            return Ok(());
+        }
+        for pod in self.pods.list().iter().filter(|p| pod_state::node_name(p) == node) {
+            self.mark_pod_not_ready(pod).await?;
+        }
+        self.unmarked.lock().remove(node);
+        Ok(())
+    }
+
+    async fn mark_pod_not_ready(&self, pod: &Pod) -> SyncResult {
+        let Some(patch) = not_ready_patch(pod, &Time(clock::now_seconds())) else { return Ok(()) };
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace(pod));
+        let patched = api.patch_status(name(pod), &PatchParams::default(), &Patch::Strategic(&patch)).await;
+        match patched {
+            Ok(_) => self.events.warning(pod, "NodeNotReady", "Node is not ready"),
+            // it is gone, or another one of its name is there
+            Err(e) if api_error::is_not_found(&e) || api_error::is_conflict(&e) => {}
+            Err(e) => return Err(e.into()),
         }
         Ok(())
+    }
+
+    async fn sync_pod(&self, key: &Key) -> SyncResult {
+        let Some(pod) = self.pods.get(&key.0, &key.1) else { return Ok(()) };
+        let Some(node) = self.nodes.get("", pod_state::node_name(&pod)) else { return Ok(()) };
+        match condition(&node, "Ready") {
+            Some(c) if c.status != "True" => self.mark_pod_not_ready(&pod).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn sync_node(&self, node_name: &str) -> SyncResult {
+        let Some(node) = self.nodes.get("", node_name) else { return Ok(()) };
+        // an older version than the own last write would have the same transition written and told again
+        if is_deleting(&*node) || !self.writes.observed(&*node) {
+            return Ok(());
+        }
+        let left = self.left(&node);
+        if left.is_zero() {
+            self.mark_unknown(&node).await?;
+        } else {
+            if ready(&node) == "True" {
+                // back before all its pods were marked
+                self.unmarked.lock().remove(node_name);
+            }
+            self.queue.add_after(Item::Node(node_name.to_string()), left + Duration::from_millis(1));
+        }
+        let nodes = self.nodes.list();
+        let ready_count = nodes.iter().filter(|n| ready(n) == "True").count();
+        let health = health(ready_count, nodes.len() - ready_count);
+        if let Some(taints) = wanted_taints(&node, health, &Time(clock::now_seconds())) {
+            self.write_taints(&node, taints).await?;
+        }
+        self.mark_pods_not_ready(node_name).await
     }
 
     async fn write_taints(&self, node: &Node, taints: Vec<Taint>) -> SyncResult {
@@ -216,6 +268,25 @@ impl NodeLifecycleController {
         api_error::found(patched)?;
         Ok(())
     }
+}
+
+/// Whether a pod that says it is ready came to a node. One that says so anew is the node's own word and stands.
+fn is_new_on_node(event: &Event<'_, Pod>) -> bool {
+    let moved = match event {
+        Event::Added(_) => true,
+        Event::Updated { old, new } => pod_state::node_name(old) != pod_state::node_name(new),
+        Event::Deleted(_) => false,
+    };
+    moved && !pod_state::node_name(event.object()).is_empty() && pod_state::is_ready(event.object())
+}
+
+/// What makes a pod not ready; `None` for one that is not.
+fn not_ready_patch(pod: &Pod, now: &Time) -> Option<serde_json::Value> {
+    if !pod_state::is_ready(pod) {
+        return None;
+    }
+    let condition = json!({"type": "Ready", "status": "False", "lastTransitionTime": now});
+    Some(json!({"metadata": {"uid": uid(pod)}, "status": {"conditions": [condition]}}))
 }
 
 fn condition<'a>(node: &'a Node, kind: &str) -> Option<&'a NodeCondition> {
@@ -336,10 +407,10 @@ fn wanted_taints(node: &Node, health: Health, now: &Time) -> Option<Vec<Taint>> 
 }
 
 impl Controller for NodeLifecycleController {
-    type Key = String;
+    type Key = Item;
     const WORKERS: usize = 1;
 
-    fn queue(&self) -> &WorkQueue<String> {
+    fn queue(&self) -> &WorkQueue<Item> {
         &self.queue
     }
 
@@ -349,31 +420,15 @@ impl Controller for NodeLifecycleController {
         self.pods.synced().await;
     }
 
-    fn all(&self) -> Vec<String> {
-        self.nodes.list().iter().map(|n| name(&**n).to_string()).collect()
+    fn all(&self) -> Vec<Item> {
+        self.nodes.list().iter().map(|n| Item::Node(name(&**n).to_string())).collect()
     }
 
-    async fn sync(&self, key: String) -> SyncResult {
-        let Some(node) = self.nodes.get("", &key) else { return Ok(()) };
-        if is_deleting(&*node) {
-            return Ok(());
+    async fn sync(&self, item: Item) -> SyncResult {
+        match item {
+            Item::Node(node) => self.sync_node(&node).await,
+            Item::Pod(pod) => self.sync_pod(&pod).await,
         }
-        let left = self.left(&node);
-        if left.is_zero() {
-            self.mark_unknown(&node).await?;
-        } else {
-            self.queue.add_after(key.clone(), left + Duration::from_millis(1));
-        }
-        let nodes = self.nodes.list();
-        let ready_count = nodes.iter().filter(|n| ready(n) == "True").count();
-        let health = health(ready_count, nodes.len() - ready_count);
-        if let Some(taints) = wanted_taints(&node, health, &Time(clock::now_seconds())) {
-            self.write_taints(&node, taints).await?;
-        }
-        if condition(&node, "Ready").is_some_and(|c| c.status != "True") {
-            self.mark_pods_not_ready(&key).await?;
-        }
-        Ok(())
     }
 }
 
@@ -433,5 +488,24 @@ mod tests {
         for (ready, not_ready, expected) in cases {
             assert_eq!(health(ready, not_ready), expected, "{ready} {not_ready}");
         }
+    }
+
+    #[test]
+    fn pods_are_marked_once_a_transition() {
+        let pod = |node: &str, ready: bool| Arc::new(pod_state::test_pod("p", "Running", node, ready));
+        let updated = |old: &Arc<Pod>, new: &Arc<Pod>| is_new_on_node(&Event::Updated { old, new });
+        assert!(is_new_on_node(&Event::Added(&pod("n", true))));
+        assert!(
+            !is_new_on_node(&Event::Added(&pod("n", false)))
+                && !is_new_on_node(&Event::Added(&pod("", true)))
+        );
+        assert!(updated(&pod("", true), &pod("n", true)));
+        // its kubelet says it is ready: not ours to deny
+        assert!(!updated(&pod("n", false), &pod("n", true)));
+        assert!(!is_new_on_node(&Event::Deleted(&pod("n", true))));
+        let now = Time(clock::now_seconds());
+        assert!(not_ready_patch(&pod("n", false), &now).is_none());
+        let patch = not_ready_patch(&pod("n", true), &now).unwrap();
+        assert_eq!(patch["status"]["conditions"][0]["status"], "False");
     }
 }

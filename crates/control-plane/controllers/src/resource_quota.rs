@@ -1,24 +1,34 @@
-//! The `used` of ResourceQuotas, computed anew. Upstream counterpart: pkg/controller/resourcequota.
+//! The `used` of ResourceQuotas, counted anew. Upstream counterpart: pkg/controller/resourcequota.
 //!
-//! Pods and services are followed by events; other counted kinds are listed (metadata only) when the quota changes and
-//! every five minutes while there is such a quota, as upstream's full resync does.
-use std::collections::BTreeMap;
+//! What stays true: what an object costs is `sampan_kinds::quota`'s to say, here as in admission. Admission charges a
+//! write before its object is there to be counted, so a quota is only counted again when its limits change or when
+//! something that it counts goes or shrinks, never because it was charged. Deliberate differences: kinds other than
+//! pods and services are watched (metadata only) as long as a quota names them, not always; a count that changed the
+//! status is repeated once after a moment, as it may have missed an object that was being written just then.
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{
-    Container, PersistentVolumeClaim, Pod, ResourceQuota, ResourceQuotaSpec, ResourceQuotaStatus, Service,
-};
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::{Pod, ResourceQuota, ResourceQuotaStatus, Service};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::{DynamicObject, ListParams, PostParams};
+use kube::core::PartialObjectMeta;
+use kube::runtime::watcher::{Config, Event as Watched};
+use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
+use parking_lot::Mutex;
 use sampan_client::informer::key;
 use sampan_client::{Event, Informer, WorkQueue};
-use sampan_kinds::quantity::{self, Amount};
+use sampan_kinds::quantity::{self, Amount, ResourceList};
+use sampan_kinds::quota;
+use sampan_world::clock;
+use serde_json::Value;
 
 use crate::controller::{Controller, Descriptor, Key, SyncError, SyncResult, run};
 use crate::controller_ref::{is_deleting, name, namespace};
-use crate::{Scope, discovery, pod_state};
+use crate::discovery::{self, Discovered};
+use crate::{Scope, api_error, pod_state};
 
 pub static DESCRIPTOR: Descriptor = Descriptor {
     name: "resourcequota-controller",
@@ -27,25 +37,43 @@ pub static DESCRIPTOR: Descriptor = Descriptor {
     build: |scope| run(ResourceQuotaController::new(&scope)),
 };
 
+/// Upstream's resync: what no event told is found by then.
 const RESYNC: Duration = Duration::from_secs(300);
-/// Kinds that have a short name in quotas.
-const COUNTED: [(&str, &str); 6] = [
-    ("configmaps", "configmaps"),
-    ("secrets", "secrets"),
-    ("replicationcontrollers", "replicationcontrollers"),
-    ("resourcequotas", "resourcequotas"),
-    ("persistentvolumeclaims", "persistentvolumeclaims"),
-    ("count/pods", "pods"),
+/// When a count that changed something is repeated.
+const SETTLE: Duration = Duration::from_secs(5);
+/// Kinds that quotas count under names without `count/`.
+const PLAIN: [&str; 7] = [
+    "configmaps",
+    "persistentvolumeclaims",
+    "pods",
+    "replicationcontrollers",
+    "resourcequotas",
+    "secrets",
+    "services",
 ];
 
-type Usage = BTreeMap<String, Amount>;
+/// (group, plural)
+type Resource = (String, String);
 
 struct ResourceQuotaController {
     client: Client,
     quotas: Informer<ResourceQuota>,
     pods: Informer<Pod>,
     services: Informer<Service>,
+    /// Watches of what quotas name, beside pods and services; as many as there are kinds.
+    monitors: Mutex<HashMap<Resource, Monitor>>,
     queue: WorkQueue<Key>,
+}
+
+struct Monitor {
+    kind: Arc<Discovered>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 impl ResourceQuotaController {
@@ -55,180 +83,221 @@ impl ResourceQuotaController {
             quotas: scope.informers.of(),
             pods: scope.informers.of(),
             services: scope.informers.of(),
+            monitors: Mutex::default(),
             queue: WorkQueue::new(),
         });
         let me = this.clone();
-        this.quotas.on_event(move |event| me.queue.add(key(&**event.object())));
-        let me = this.clone();
-        this.pods.on_event(move |event| match event {
-            Event::Updated { old, new }
-                if pod_state::is_terminal(old) == pod_state::is_terminal(new) && old.spec == new.spec => {}
-            _ => me.wake(namespace(&**event.object())),
+        this.quotas.on_event(move |event| {
+            if limits_changed(event) {
+                me.queue.add(key(&**event.object()));
+            }
         });
         let me = this.clone();
-        this.services.on_event(move |event| me.wake(namespace(&**event.object())));
+        this.pods.on_event(move |event| {
+            if pod_may_cost_less(event) {
+                wake(&me.quotas, &me.queue, "pods", "", Some(namespace(&**event.object())));
+            }
+        });
+        let me = this.clone();
+        this.services.on_event(move |event| {
+            if service_may_cost_less(event) {
+                wake(&me.quotas, &me.queue, "services", "", Some(namespace(&**event.object())));
+            }
+        });
         this
     }
 
-    fn wake(&self, namespace: &str) {
-        for quota in self.quotas.list_in(namespace) {
-            self.queue.add(key(&*quota));
+    /// The kind of a resource that a quota names, watched from now on; `None` when the API has no such.
+    async fn watched(&self, resource: &Resource) -> Result<Option<Arc<Discovered>>, SyncError> {
+        if let Some(monitor) = self.monitors.lock().get(resource) {
+            return Ok(Some(monitor.kind.clone()));
         }
+        let kinds = discovery::all(&self.client).await?;
+        let is_it = |d: &Discovered| d.resource.group == resource.0 && d.resource.plural == resource.1;
+        let Some(kind) = kinds.into_iter().find(|d| is_it(d) && d.namespaced && d.is_collectable()) else {
+            return Ok(None);
+        };
+        let kind = Arc::new(kind);
+        let mut monitors = self.monitors.lock();
+        let monitor = monitors.entry(resource.clone()).or_insert_with(|| self.monitor(kind));
+        Ok(Some(monitor.kind.clone()))
     }
 
-    /// Counts objects of kinds that no informer follows; tells whether there were any such.
-    async fn count_others(
+    fn monitor(&self, kind: Arc<Discovered>) -> Monitor {
+        let (quotas, queue, of) = (self.quotas.clone(), self.queue.clone(), kind.clone());
+        let api: Api<PartialObjectMeta<DynamicObject>> = Api::all_with(self.client.clone(), &kind.resource);
+        let task = tokio::spawn(async move {
+            let mut events = std::pin::pin!(watcher(api, Config::default()).default_backoff());
+            let mut first = true;
+            while let Some(event) = events.next().await {
+                let gone_in = match &event {
+                    Ok(Watched::Delete(object)) => object.metadata.namespace.as_deref(),
+                    // what went while the watch was away was not told
+                    Ok(Watched::InitDone) if !std::mem::take(&mut first) => None,
+                    _ => continue,
+                };
+                wake(&quotas, &queue, &of.resource.plural, &of.resource.group, gone_in);
+            }
+        });
+        Monitor { kind, task }
+    }
+
+    /// Ends the watches of kinds that no quota names any more.
+    fn prune_monitors(&self) {
+        let named: BTreeSet<Resource> = self.quotas.list().iter().flat_map(|q| resources_of(q)).collect();
+        self.monitors.lock().retain(|resource, _| named.contains(resource));
+    }
+
+    /// Adds what the namespace's objects of a resource cost; false when there is no such resource.
+    async fn count(
         &self,
-        namespace: &str,
-        hard: &[&String],
-        used: &mut Usage,
+        quota: &Value,
+        resource: &Resource,
+        used: &mut ResourceList,
     ) -> Result<bool, SyncError> {
-        let resource_of = |name: &str| -> Option<(String, String)> {
-            if let Some((_, plural)) = COUNTED.iter().find(|(short, _)| *short == name) {
-                return Some(((*plural).to_string(), String::new()));
+        let space = quota["metadata"]["namespace"].as_str().unwrap_or_default();
+        let mut tally = Tally { quota, resource, now: clock::now(), used };
+        match (resource.0.as_str(), resource.1.as_str()) {
+            ("", "pods") => {
+                for pod in self
+                    .pods
+                    .list_in(space)
+                    .iter()
+                    .filter(|p| !pod_state::is_terminal(p) || counts_objects(quota))
+                {
+                    tally.add(&json(&**pod));
+                }
             }
-            let counted = name.strip_prefix("count/")?;
-            let (plural, group) = counted.split_once('.').unwrap_or((counted, ""));
-            Some((plural.to_string(), group.to_string()))
-        };
-        let wanted: Vec<_> = hard.iter().filter_map(|n| Some((n.to_string(), resource_of(n)?))).collect();
-        let storage = hard.iter().any(|n| *n == "requests.storage");
-        if wanted.is_empty() && !storage {
-            return Ok(false);
-        }
-        let kinds = if wanted.is_empty() { Vec::new() } else { discovery::all(&self.client).await? };
-        for (resource, (plural, group)) in wanted {
-            let kind = kinds.iter().find(|k| k.resource.plural == plural && k.resource.group == group);
-            let Some(kind) = kind.filter(|k| k.namespaced) else { continue };
-            let api: Api<DynamicObject> =
-                Api::namespaced_with(self.client.clone(), namespace, &kind.resource);
-            let count = api.list_metadata(&ListParams::default()).await?.items.len();
-            used.insert(resource, Amount::units(count as i64));
-        }
-        if storage {
-            let api: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), namespace);
-            let mut sum = Amount::units(0);
-            for claim in api.list(&ListParams::default()).await?.items {
-                let requests =
-                    claim.spec.and_then(|s| s.resources).and_then(|r| r.requests).unwrap_or_default();
-                sum = requests.get("storage").map_or(sum, |q| sum.plus(quantity::amount(q)));
+            ("", "services") => self.services.list_in(space).iter().for_each(|s| tally.add(&json(&**s))),
+            (_, plural) => {
+                let Some(kind) = self.watched(resource).await? else { return Ok(false) };
+                let api: Api<DynamicObject> =
+                    Api::namespaced_with(self.client.clone(), space, &kind.resource);
+                if plural == "persistentvolumeclaims" {
+                    let claims = api.list(&ListParams::default()).await?.items;
+                    claims.iter().for_each(|claim| tally.add(&json(claim)));
+                } else {
+                    let count = api.list_metadata(&ListParams::default()).await?.items.len();
+                    (0..count).for_each(|_| tally.add(&Value::Null));
+                }
             }
-            used.insert("requests.storage".into(), sum);
         }
         Ok(true)
     }
 }
 
-/// Whether a quota counts a pod, by its scopes. Unknown scopes count nothing.
-fn in_scope(spec: &ResourceQuotaSpec, pod: &Pod) -> bool {
-    let pod_spec = pod.spec.as_ref();
-    let terminating = pod_spec.and_then(|s| s.active_deadline_seconds).is_some();
-    let best_effort = pod.status.as_ref().and_then(|s| s.qos_class.as_deref()) == Some("BestEffort");
-    let class = pod_spec.and_then(|s| s.priority_class_name.as_deref()).unwrap_or_default();
-    let scope = |name: &str| match name {
-        "Terminating" => terminating,
-        "NotTerminating" => !terminating,
-        "BestEffort" => best_effort,
-        "NotBestEffort" => !best_effort,
-        "PriorityClass" => !class.is_empty(),
-        _ => false,
-    };
-    let selected = spec.scope_selector.iter().flat_map(|s| s.match_expressions.iter().flatten()).all(|e| {
-        let values = e.values.as_deref().unwrap_or_default();
-        match (e.scope_name.as_str(), e.operator.as_str()) {
-            ("PriorityClass", "In") => values.iter().any(|v| v == class),
-            ("PriorityClass", "NotIn") => values.iter().all(|v| v != class),
-            ("PriorityClass", "DoesNotExist") => class.is_empty(),
-            (name, "Exists") => scope(name),
-            _ => false,
-        }
-    });
-    selected && spec.scopes.iter().flatten().all(|s| scope(s))
+/// Sums up what one resource's objects cost a quota.
+struct Tally<'a> {
+    quota: &'a Value,
+    resource: &'a Resource,
+    now: jiff::Timestamp,
+    used: &'a mut ResourceList,
 }
 
-/// What a pod uses: the sum of its containers, or the largest init container, and its overhead.
-fn pod_usage(pod: &Pod) -> Usage {
-    let mut usage = Usage::new();
-    let Some(spec) = &pod.spec else { return usage };
-    let is_sidecar = |c: &&Container| c.restart_policy.as_deref() == Some("Always");
-    let init: Vec<&Container> = spec.init_containers.iter().flatten().collect();
-    for prefix in ["requests.", "limits."] {
-        let of = |c: &Container| -> BTreeMap<String, Quantity> {
-            let resources = c.resources.clone().unwrap_or_default();
-            if prefix == "requests." { resources.requests } else { resources.limits }.unwrap_or_default()
-        };
-        let mut sums = Usage::new();
-        for container in spec.containers.iter().chain(init.iter().copied().filter(is_sidecar)) {
-            add(&mut sums, &of(container));
+impl Tally<'_> {
+    fn add(&mut self, object: &Value) {
+        let (group, plural) = (&self.resource.0, &self.resource.1);
+        if !quota::in_scope(self.quota, group, plural, object) {
+            return;
         }
-        for container in init.iter().filter(|c| !is_sidecar(c)) {
-            for (resource, quantity) in of(container) {
-                let amount = quantity::amount(&quantity);
-                let most = sums.entry(resource).or_insert(amount);
-                *most = (*most).max(amount);
-            }
-        }
-        if let Some(overhead) = &spec.overhead {
-            add(&mut sums, overhead);
-        }
-        usage.extend(sums.into_iter().map(|(resource, amount)| (format!("{prefix}{resource}"), amount)));
-    }
-    for short in ["cpu", "memory", "ephemeral-storage"] {
-        if let Some(amount) = usage.get(&format!("requests.{short}")).copied() {
-            usage.insert(short.into(), amount);
-        }
-    }
-    usage
-}
-
-fn add(sums: &mut Usage, quantities: &BTreeMap<String, Quantity>) {
-    for (resource, quantity) in quantities {
-        let sum = sums.entry(resource.clone()).or_insert(Amount::units(0));
-        *sum = sum.plus(quantity::amount(quantity));
-    }
-}
-
-fn count_pods(spec: &ResourceQuotaSpec, pods: &[Arc<Pod>], used: &mut Usage) {
-    for pod in pods.iter().filter(|p| !pod_state::is_terminal(p) && in_scope(spec, p)) {
-        let mut usage = pod_usage(pod);
-        usage.insert("pods".into(), Amount::units(1));
-        for (resource, amount) in usage {
-            let sum = used.entry(resource).or_insert(Amount::units(0));
+        for (name, amount) in quota::usage(group, plural, object, self.now) {
+            let sum = self.used.entry(name).or_insert(Amount::ZERO);
             *sum = sum.plus(amount);
         }
     }
 }
 
-fn count_services(services: &[Arc<Service>], used: &mut Usage) {
-    let (mut node_ports, mut balancers) = (0, 0);
-    for service in services {
-        let Some(spec) = &service.spec else { continue };
-        let ports = spec.ports.as_ref().map_or(0, Vec::len) as i64;
-        match spec.type_.as_deref() {
-            Some("NodePort") => node_ports += ports,
-            Some("LoadBalancer") => {
-                balancers += 1;
-                node_ports +=
-                    spec.ports.iter().flatten().filter(|p| p.node_port.unwrap_or(0) != 0).count() as i64;
-            }
-            _ => {}
-        }
-    }
-    used.insert("services".into(), Amount::units(services.len() as i64));
-    used.insert("count/services".into(), Amount::units(services.len() as i64));
-    used.insert("services.nodeports".into(), Amount::units(node_ports));
-    used.insert("services.loadbalancers".into(), Amount::units(balancers));
+fn json(object: &impl serde::Serialize) -> Value {
+    serde_json::to_value(object).unwrap_or_default()
 }
 
-/// `used` for exactly the resources of `hard`, written the way `hard` is.
-fn status(hard: &BTreeMap<String, Quantity>, used: &Usage) -> ResourceQuotaStatus {
-    let text = |(resource, limit): (&String, &Quantity)| {
-        let format = quantity::parse(&limit.0).map(|(_, format)| format);
-        let amount = used.get(resource).copied().unwrap_or(Amount::units(0));
-        let text = format.map_or_else(|| "0".to_string(), |f| quantity::canonical(amount, f));
-        (resource.clone(), Quantity(text))
+/// Whether finished pods matter too, as `count/pods` counts whatever is stored.
+fn counts_objects(quota: &Value) -> bool {
+    quota.pointer("/spec/hard").and_then(|hard| hard.get("count/pods")).is_some()
+}
+
+fn limits(quota: &ResourceQuota) -> BTreeMap<String, Quantity> {
+    quota.spec.as_ref().and_then(|s| s.hard.clone()).unwrap_or_default()
+}
+
+/// A change of the status is admission's charge or our own count.
+fn limits_changed(event: &Event<'_, ResourceQuota>) -> bool {
+    match event {
+        Event::Updated { old, new } => limits(old) != limits(new),
+        _ => true,
+    }
+}
+
+fn pod_may_cost_less(event: &Event<'_, Pod>) -> bool {
+    match event {
+        Event::Added(_) => false,
+        Event::Updated { old, new } => {
+            pod_state::is_terminal(old) != pod_state::is_terminal(new) || old.spec != new.spec
+        }
+        Event::Deleted(_) => true,
+    }
+}
+
+fn service_may_cost_less(event: &Event<'_, Service>) -> bool {
+    match event {
+        Event::Added(_) => false,
+        Event::Updated { old, new } => old.spec != new.spec,
+        Event::Deleted(_) => true,
+    }
+}
+
+/// Has the namespace's quotas (all of them without one) that name the resource counted.
+fn wake(
+    quotas: &Informer<ResourceQuota>,
+    queue: &WorkQueue<Key>,
+    plural: &str,
+    group: &str,
+    namespace: Option<&str>,
+) {
+    let candidates = match namespace {
+        Some(namespace) => quotas.list_in(namespace),
+        None => quotas.list(),
     };
-    ResourceQuotaStatus { hard: Some(hard.clone()), used: Some(hard.iter().map(text).collect()) }
+    let names_it = |q: &ResourceQuota| resources_of(q).iter().any(|(g, p)| g == group && p == plural);
+    for quota in candidates.iter().filter(|q| names_it(q)) {
+        queue.add(key(&**quota));
+    }
+}
+
+/// The resources whose objects a quota counts.
+fn resources_of(quota: &ResourceQuota) -> BTreeSet<Resource> {
+    let hard = quota.spec.iter().flat_map(|s| s.hard.iter().flatten());
+    let mut found = BTreeSet::new();
+    for (name, _) in hard {
+        match name.strip_prefix("count/") {
+            Some(counted) => {
+                let (plural, group) = counted.split_once('.').unwrap_or((counted, ""));
+                found.insert((group.to_string(), plural.to_string()));
+            }
+            None => {
+                let of = PLAIN.iter().filter(|plural| quota::is_about(name, "", plural));
+                found.extend(of.map(|plural| (String::new(), (*plural).to_string())));
+            }
+        }
+    }
+    found
+}
+
+/// `used` for the resources of `hard` that something counts, written the way `hard` is.
+fn status(
+    hard: &BTreeMap<String, Quantity>,
+    counted: &BTreeSet<Resource>,
+    used: &ResourceList,
+) -> ResourceQuotaStatus {
+    let text = |(name, limit): (&String, &Quantity)| {
+        if !counted.iter().any(|(group, plural)| quota::is_about(name, group, plural)) {
+            return None;
+        }
+        let (_, format) = quantity::parse(&limit.0)?;
+        let amount = used.get(name).copied().unwrap_or(Amount::ZERO);
+        Some((name.clone(), Quantity(quantity::canonical(amount, format))))
+    };
+    ResourceQuotaStatus { hard: Some(hard.clone()), used: Some(hard.iter().filter_map(text).collect()) }
 }
 
 impl Controller for ResourceQuotaController {
@@ -250,25 +319,28 @@ impl Controller for ResourceQuotaController {
     }
 
     async fn sync(&self, key: Key) -> SyncResult {
+        self.prune_monitors();
         let Some(quota) = self.quotas.get(&key.0, &key.1).filter(|q| !is_deleting(&**q)) else {
             return Ok(());
         };
-        let Some(spec) = &quota.spec else { return Ok(()) };
-        let hard = spec.hard.clone().unwrap_or_default();
-        let mut used = Usage::new();
-        count_pods(spec, &self.pods.list_in(&key.0), &mut used);
-        count_services(&self.services.list_in(&key.0), &mut used);
-        let names: Vec<&String> = hard.keys().collect();
-        let others = self.count_others(&key.0, &names, &mut used).await?;
-        let status = status(&hard, &used);
+        let hard = limits(&quota);
+        let value = json(&*quota);
+        let (mut used, mut counted) = (ResourceList::new(), BTreeSet::new());
+        for resource in resources_of(&quota) {
+            if self.count(&value, &resource, &mut used).await? {
+                counted.insert(resource);
+            }
+        }
+        let status = status(&hard, &counted, &used);
+        let mut again = RESYNC;
         if quota.status.as_ref() != Some(&status) {
             let api: Api<ResourceQuota> = Api::namespaced(self.client.clone(), &key.0);
             let changed = ResourceQuota { status: Some(status), ..(*quota).clone() };
-            api.replace_status(name(&*quota), &PostParams::default(), &changed).await?;
+            let written = api.replace_status(name(&*quota), &PostParams::default(), &changed).await;
+            api_error::found(written)?;
+            again = SETTLE;
         }
-        if others {
-            self.queue.add_after(key, RESYNC);
-        }
+        self.queue.add_after(key, again);
         Ok(())
     }
 }
@@ -278,28 +350,94 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    fn quota(hard: Value, scopes: Value) -> ResourceQuota {
+        serde_json::from_value(json!({"metadata": {"name": "q", "namespace": "ns"},
+            "spec": {"hard": hard, "scopes": scopes}}))
+        .unwrap()
+    }
+
     #[test]
-    fn pods_are_summed_in_the_quotas_units() {
-        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "p"}, "spec": {
-            "initContainers": [{"name": "i", "resources": {"requests": {"cpu": "2"}}}],
-            "containers": [{"name": "a", "resources": {"requests": {"cpu": "500m", "memory": "64Mi"}}},
-                {"name": "b", "resources": {"requests": {"cpu": "250m", "memory": "64Mi"}}}]}}))
-        .unwrap();
-        let hard: BTreeMap<String, Quantity> =
-            [("pods", "5"), ("cpu", "4"), ("requests.memory", "1Gi"), ("secrets", "3")]
-                .iter()
-                .map(|(k, v)| ((*k).to_string(), Quantity((*v).to_string())))
-                .collect();
-        let mut used = Usage::new();
-        let spec = ResourceQuotaSpec { hard: Some(hard.clone()), ..ResourceQuotaSpec::default() };
-        count_pods(&spec, &[Arc::new(pod.clone())], &mut used);
-        let used = status(&hard, &used).used.unwrap();
-        let text = |k: &str| used[k].0.as_str();
-        assert_eq!(
-            (text("pods"), text("cpu"), text("requests.memory"), text("secrets")),
-            ("1", "2", "128Mi", "0")
-        );
-        let scoped = ResourceQuotaSpec { scopes: Some(vec!["Terminating".into()]), ..spec };
-        assert!(!in_scope(&scoped, &pod));
+    fn objects_are_summed_in_the_quotas_units() {
+        let pods = [
+            json!({"spec": {
+                "initContainers": [{"name": "i", "resources": {"requests": {"cpu": "2"}}}],
+                "containers": [{"name": "a", "resources": {"requests": {"cpu": "500m", "memory": "64Mi"}}},
+                    {"name": "b", "resources": {"requests": {"cpu": "250m", "memory": "64Mi"}}}]}}),
+            json!({"spec": {"activeDeadlineSeconds": 5, "containers": [{"name": "a", "resources":
+                {"requests": {"cpu": "1", "example.com/dongle": "2"}}}]}}),
+            json!({"spec": {"containers": [{"name": "a"}]}, "status": {"phase": "Succeeded"}}),
+        ];
+        let hard = json!({"pods": "5", "cpu": "4", "requests.memory": "1Gi", "count/pods": "9", "secrets": "3",
+            "requests.example.com/dongle": "3", "count/things.example.com": "1"});
+        let counted: BTreeSet<Resource> =
+            [("".to_string(), "pods".to_string()), ("".to_string(), "secrets".to_string())].into();
+        for (scopes, expected) in [
+            (
+                json!([]),
+                json!({"count/pods": "3", "cpu": "3", "pods": "2", "requests.example.com/dongle": "2",
+                    "requests.memory": "128Mi", "secrets": "0"}),
+            ),
+            (
+                json!(["Terminating"]),
+                json!({"count/pods": "1", "cpu": "1", "pods": "1", "requests.example.com/dongle": "2",
+                    "requests.memory": "0", "secrets": "0"}),
+            ),
+        ] {
+            let quota = quota(hard.clone(), scopes);
+            let (value, mut used) = (json(&quota), ResourceList::new());
+            let resource = (String::new(), "pods".to_string());
+            let now = clock::now();
+            let mut tally = Tally { quota: &value, resource: &resource, now, used: &mut used };
+            pods.iter().for_each(|pod| tally.add(pod));
+            let status = status(&limits(&quota), &counted, &used);
+            assert_eq!(json(&status)["used"], expected);
+        }
+    }
+
+    #[test]
+    fn names_say_what_is_counted() {
+        let cases = [
+            ("limits.cpu", vec![("", "pods")]),
+            ("requests.example.com/dongle", vec![("", "pods")]),
+            ("services.nodeports", vec![("", "services")]),
+            ("gold.storageclass.storage.k8s.io/requests.storage", vec![("", "persistentvolumeclaims")]),
+            ("count/replicasets.apps", vec![("apps", "replicasets")]),
+            ("count/secrets", vec![("", "secrets")]),
+            ("secrets", vec![("", "secrets")]),
+            ("example.com/dongle", vec![]),
+        ];
+        for (name, expected) in cases {
+            let found = resources_of(&quota(json!({name: "1"}), json!([])));
+            let found: Vec<_> = found.iter().map(|(g, p)| (g.as_str(), p.as_str())).collect();
+            assert_eq!(found, expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn only_what_lowers_usage_has_it_counted() {
+        let before = quota(json!({"pods": "5"}), json!([]));
+        let mut charged = before.clone();
+        charged.status = serde_json::from_value(json!({"used": {"pods": "1"}})).unwrap();
+        let raised = quota(json!({"pods": "6"}), json!([]));
+        let changed = |new: &ResourceQuota| {
+            limits_changed(&Event::Updated { old: &Arc::new(before.clone()), new: &Arc::new(new.clone()) })
+        };
+        assert_eq!((changed(&charged), changed(&raised)), (false, true));
+
+        let pod = |phase: &str, deadline: Option<i64>| -> Arc<Pod> {
+            let pod = json!({"spec": {"containers": [], "activeDeadlineSeconds": deadline}, "status": {"phase": phase}});
+            Arc::new(serde_json::from_value(pod).unwrap())
+        };
+        let running = pod("Running", None);
+        for (new, expected) in [
+            (pod("Running", None), false),
+            (pod("Pending", None), false),
+            (pod("Failed", None), true),
+            (pod("Running", Some(5)), true),
+        ] {
+            assert_eq!(pod_may_cost_less(&Event::Updated { old: &running, new: &new }), expected);
+        }
+        assert!(!pod_may_cost_less(&Event::Added(&running)));
+        assert!(pod_may_cost_less(&Event::Deleted(&running)));
     }
 }

@@ -1,7 +1,6 @@
 //! Which nodes get a daemon pod, and which pods of a node are right. Pure.
 //! Upstream counterpart: pkg/controller/daemon/daemon_controller.go (podsShouldBeOnNode, NodeShouldRunDaemonPod), util.
 use std::cmp::Ordering;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -10,6 +9,8 @@ use k8s_openapi::api::core::v1::{
     Affinity, Node, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec,
     Toleration,
 };
+use sampan_drivers::platform;
+use sampan_drivers::runtime::Platform;
 
 use super::is_updated;
 use crate::controller_ref::{is_deleting, name};
@@ -51,12 +52,13 @@ pub fn add_tolerations(spec: &mut PodSpec) {
     }
 }
 
-pub fn decide(spec: &PodSpec, node: &Node, platforms: Option<&BTreeSet<String>>) -> Placement {
+/// `images` are the platforms of each of the pod's images, of those where they are known.
+pub fn decide(spec: &PodSpec, node: &Node, images: &[Vec<Platform>]) -> Placement {
     let no = Placement { run: false, stay: false };
     let wanted = spec.node_name.as_deref().unwrap_or_default();
     if !wanted.is_empty() && wanted != name(node)
         || !matches_affinity(spec, node)
-        || !has_platform(node, platforms)
+        || !runs_images(node, images)
     {
         return no;
     }
@@ -69,16 +71,12 @@ pub fn decide(spec: &PodSpec, node: &Node, platforms: Option<&BTreeSet<String>>)
     Placement { run: false, stay: untolerated(node, &tolerations, &["NoExecute"]).is_none() }
 }
 
-/// Whether the images have the node's platform; unknown ones do.
-fn has_platform(node: &Node, platforms: Option<&BTreeSet<String>>) -> bool {
-    let (Some(platforms), labels) = (platforms, labels_of(&node.metadata.labels)) else { return true };
-    let (Some(os), Some(arch)) = (labels.get("kubernetes.io/os"), labels.get("kubernetes.io/arch")) else {
-        return true;
-    };
-    let own = format!("{os}/{arch}");
-    platforms
-        .iter()
-        .any(|p| *p == own || p.strip_prefix(&own).is_some_and(|variant| variant.starts_with('/')))
+/// Whether the node can run every image, by the scheduler's rule.
+fn runs_images(node: &Node, images: &[Vec<Platform>]) -> bool {
+    match platform::of_node(labels_of(&node.metadata.labels)) {
+        Some(own) => images.iter().all(|built_for| platform::any_runs_on(built_for, &own)),
+        None => true,
+    }
 }
 
 /// The node that a pod is on, or that its affinity pins it to.
@@ -212,18 +210,58 @@ pub(super) mod tests {
             .unwrap()
         };
         let spec = PodSpec::default();
-        let place = |n: &Node, p: Option<&BTreeSet<String>>| decide(&spec, n, p);
+        let place = |n: &Node| decide(&spec, n, &[]);
         let yes = Placement { run: true, stay: true };
-        assert_eq!(place(&node(json!([])), None), yes);
+        assert_eq!(place(&node(json!([]))), yes);
         let unreachable = json!([{"key": node_lifecycle::UNREACHABLE, "effect": "NoExecute"},
             {"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]);
-        assert_eq!(place(&node(unreachable), None), yes);
+        assert_eq!(place(&node(unreachable)), yes);
         let tainted = json!([{"key": "mine", "effect": "NoSchedule"}]);
-        assert_eq!(place(&node(tainted), None), Placement { run: false, stay: true });
-        let amd64 = ["linux/amd64".to_string()].into();
-        assert_eq!(place(&node(json!([])), Some(&amd64)), Placement { run: false, stay: false });
-        assert_eq!(place(&node(json!([])), Some(&["linux/arm/v7".to_string()].into())), yes);
-        assert!(!place(&node(json!([])), Some(&["linux/arm64".to_string()].into())).run);
+        assert_eq!(place(&node(tainted)), Placement { run: false, stay: true });
+    }
+
+    #[test]
+    fn nodes_run_what_the_scheduler_says_they_run() {
+        let node = |arch: &str, variant: Option<&str>| -> Node {
+            let mut labels = json!({"kubernetes.io/os": "linux", "kubernetes.io/arch": arch});
+            if let Some(variant) = variant {
+                labels[platform::ARM_VARIANT_LABEL] = variant.into();
+            }
+            serde_json::from_value(json!({"metadata": {"name": "n", "labels": labels}})).unwrap()
+        };
+        let image = |platforms: &str| -> Vec<Platform> {
+            let platform = |text: &str| {
+                let mut parts = text.split('/').map(str::to_string);
+                let (architecture, variant) = (parts.next().unwrap_or_default(), parts.next());
+                Platform { os: "linux".into(), architecture, variant }
+            };
+            platforms.split_whitespace().map(platform).collect()
+        };
+        for (arch, variant, images, expected) in [
+            ("amd64", None, vec![], true),
+            ("amd64", None, vec!["amd64 arm64"], true),
+            ("arm", None, vec!["amd64"], false),
+            ("arm", None, vec!["arm"], true),
+            ("arm", None, vec!["arm/v6"], true),
+            ("arm", Some("v6"), vec!["arm/v7"], false),
+            ("arm64", None, vec!["arm64/v8"], true),
+            ("arm64", None, vec!["arm/v7"], true),
+            ("arm", None, vec!["arm64"], false),
+            ("amd64", None, vec!["386"], false),
+            // each image must run, not one platform be common to all
+            ("arm", None, vec!["arm/v7", "arm/v6"], true),
+            ("arm64", None, vec!["arm64", "arm/v7"], true),
+            ("arm64", None, vec!["arm64", "amd64"], false),
+        ] {
+            let known: Vec<Vec<Platform>> = images.iter().map(|i| image(i)).collect();
+            let decided = decide(&PodSpec::default(), &node(arch, variant), &known);
+            assert_eq!(
+                decided,
+                Placement { run: expected, stay: expected },
+                "{images:?} on {arch} {variant:?}"
+            );
+        }
+        assert!(decide(&PodSpec::default(), &Node::default(), &[image("arm")]).run);
     }
 
     #[test]
