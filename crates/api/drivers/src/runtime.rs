@@ -76,6 +76,9 @@ pub struct SandboxConfig {
     pub sysctls: BTreeMap<String, String>,
     /// Relative to the kubelet's cgroup root: `kubepods/burstable/pod<uid>`.
     pub cgroup_parent: String,
+    /// The limits of the pod's own group, `cgroup_parent`.
+    #[serde(default)]
+    pub resources: Resources,
     pub seccomp: Seccomp,
 }
 
@@ -310,6 +313,17 @@ pub trait Runtime: Send + Sync {
     async fn reopen_container_log(&self, id: &str) -> Result<(), RuntimeError>;
     async fn update_container_resources(&self, id: &str, resources: &Resources) -> Result<(), RuntimeError>;
     async fn container_stats(&self) -> Result<Vec<ContainerStats>, RuntimeError>;
+    /// Bytes on disk of one container's writable layer.
+    async fn writable_layer_bytes(&self, id: &str) -> Result<u64, RuntimeError> {
+        let all = self.container_stats().await?;
+        let found = all.iter().find(|stats| stats.container_id == id).map(|stats| stats.writable_layer_bytes);
+        found.ok_or_else(|| RuntimeError::NotFound { what: format!("container {id}") })
+    }
+    /// Sets the limits of a group of pods (`kubepods/burstable`), which is made where it is missing. A runtime that makes
+    /// no groups leaves that out.
+    async fn limit_group(&self, _group: &str, _resources: &Resources) -> Result<(), RuntimeError> {
+        Ok(())
+    }
 
     /// Runs a command and returns (stdout, stderr, exit code), each output cut at `limit_bytes`. For probes and hooks.
     async fn exec_sync(

@@ -30,7 +30,7 @@ use remote_command::{Command, Options};
 pub use pods::Pods;
 
 mod channels;
-mod log_file;
+pub(crate) mod log_file;
 mod logs;
 mod multiplex;
 mod pods;

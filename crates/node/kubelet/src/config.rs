@@ -17,7 +17,7 @@ pub struct KubeletConfig {
     /// Holds `pods`, `seccomp` and the last known pods.
     pub root_dir: PathBuf,
     pub log_dir: PathBuf,
-    /// For static pods, which this kubelet does not start yet: it says so at its start where the folder holds any.
+    /// Files of static pods; made where it is missing.
     pub manifests_dir: Option<PathBuf>,
     /// Where `kubepods` lies in the cgroup tree; the runtime makes the groups.
     pub cgroup_root: PathBuf,
@@ -26,7 +26,7 @@ pub struct KubeletConfig {
     /// What pods' resolv.conf starts from with dnsPolicy Default.
     pub resolv_conf: PathBuf,
     pub max_pods: i64,
-    /// `pids.max` of each container; 0: no limit.
+    /// `pids.max` of each pod; 0: no limit.
     pub pod_pids_limit: i64,
     /// Kept from the node's capacity.
     pub reserved: BTreeMap<String, String>,

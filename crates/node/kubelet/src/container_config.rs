@@ -110,6 +110,7 @@ pub fn sandbox(pod: &Pod, node: &NodeServices, attempt: u32) -> Result<SandboxCo
             .map(|s| (security::sysctl_name(&s.name), s.value.clone()))
             .collect(),
         cgroup_parent: resources::cgroup_parent(pod),
+        resources: resources::of_pod(pod, node.config.pod_pids_limit),
         seccomp: security::seccomp(security.seccomp_profile.as_ref(), &node.config.root_dir)?,
     })
 }
@@ -172,12 +173,7 @@ impl Making<'_> {
             stdin: container.stdin.unwrap_or(false),
             stdin_once: container.stdin_once.unwrap_or(false),
             tty: container.tty.unwrap_or(false),
-            resources: resources::of_container(
-                pod,
-                container,
-                self.node.memory_bytes(),
-                self.node.config.pod_pids_limit,
-            ),
+            resources: resources::of_container(pod, container, self.node.memory_bytes()),
             security,
             stop_signal: container.lifecycle.as_ref().and_then(|l| l.stop_signal.clone()),
         })

@@ -18,8 +18,9 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 use crate::config::KubeletConfig;
 use crate::node_services::NodeServices;
 use crate::recorder::{self, Recorded, Recorder, WARNING};
+use crate::static_pods as manifests;
 use crate::worker::{Inbox, Snapshot, Worker};
-use crate::{container_config, last_known, logs, node, pressure};
+use crate::{container_config, last_known, local_storage, logs, node, pressure, qos_groups};
 
 /// How long a start waits for the server before it goes on with the last known pods.
 const SERVER_WAIT: Duration = Duration::from_secs(3);
@@ -29,6 +30,7 @@ const WRITES: usize = 16;
 struct Entry {
     namespace: String,
     name: String,
+    is_static: bool,
     inbox: Arc<Inbox>,
     snapshot: Arc<RwLock<Snapshot>>,
 }
@@ -41,6 +43,8 @@ struct Inner {
     pods: Informer<Pod>,
     workers: Mutex<HashMap<String, Entry>>,
     adopted: Mutex<Adopted>,
+    statics: static_pods::Statics,
+    storage: local_storage::Sampler,
     queue: Mutex<Option<mpsc::Receiver<Recorded>>>,
     changed: Notify,
 }
@@ -111,6 +115,8 @@ impl Kubelet {
             pulls: Semaphore::new(config.parallel_pulls.max(1)),
             writes: Semaphore::new(WRITES),
             admitted: Mutex::default(),
+            burstable_shares: Mutex::default(),
+            burstable_order: Default::default(),
             watches: Some(watches),
             config,
             client,
@@ -128,6 +134,8 @@ impl Kubelet {
             pods,
             workers: Mutex::default(),
             adopted: Mutex::default(),
+            statics: Default::default(),
+            storage: Default::default(),
             queue: Mutex::new(Some(queue)),
             changed: Notify::new(),
         }))
@@ -230,15 +238,13 @@ impl Kubelet {
                 inner.iter().for_each(|i| i.with(uid, |inbox| inbox.refresh()));
             });
         }
-        let manifests =
-            inner.services.config.manifests_dir.as_ref().and_then(|dir| std::fs::read_dir(dir).ok());
-        if manifests.is_some_and(|mut entries| entries.next().is_some()) {
-            tracing::error!(
-                "static pods are not supported by this node yet: the manifests folder is ignored"
-            );
-        }
         let mut events = inner.services.runtime.events();
+        qos_groups::start(&inner.services).await;
         inner.adopt().await;
+        // before anything is asked of the server, and before what belongs to no pod is cleaned away
+        inner.read_static_pods();
+        let keeper = self.clone();
+        let keep = tokio::spawn(async move { keeper.0.keep_static_pods().await });
         let node = tokio::spawn(node::run(inner.services.clone(), {
             let weak = Arc::downgrade(inner);
             move || weak.upgrade().map(|i| i.sample()).unwrap_or_default()
@@ -251,7 +257,7 @@ impl Kubelet {
             inner.with(&event.pod_uid, |inbox| inbox.look());
         }
         tracing::warn!("the runtime tells no more events");
-        let _ = tokio::join!(node, start, save);
+        let _ = tokio::join!(node, start, save, keep);
     }
 }
 
@@ -308,7 +314,10 @@ impl Inner {
         self.pods.on_event(move |event| {
             let Some(inner) = weak.upgrade() else { return };
             match event {
-                Event::Deleted(pod) => inner.with(&pod.uid().unwrap_or_default(), |inbox| inbox.gone()),
+                Event::Deleted(pod) => {
+                    inner.with(&pod.uid().unwrap_or_default(), |inbox| inbox.gone());
+                    inner.statics.changed.notify_one();
+                }
                 event => {
                     if let Event::Updated { old, new } = event
                         && old.metadata.uid != new.metadata.uid
@@ -320,6 +329,7 @@ impl Inner {
             }
             inner.changed.notify_one();
         });
+        self.statics.changed.notify_one();
         if tokio::time::timeout(SERVER_WAIT, self.pods.synced()).await.is_err() {
             let known = last_known::load(&self.services.config.root_dir);
             tracing::warn!(
@@ -329,9 +339,10 @@ impl Inner {
             known.into_iter().for_each(|pod| self.update(&Arc::new(pod)));
             self.pods.synced().await;
         }
+        self.statics.changed.notify_one();
         let current: BTreeSet<String> = self.pods.list().iter().filter_map(|p| p.uid()).collect();
         for (uid, entry) in self.workers.lock().iter() {
-            if !current.contains(uid) {
+            if !entry.is_static && !current.contains(uid) {
                 entry.inbox.gone();
             }
         }
@@ -341,6 +352,9 @@ impl Inner {
 
     /// Hands the pod to its worker, which is made where there is none.
     fn update(self: &Arc<Self>, pod: &Arc<Pod>) {
+        if manifests::is_mirror(pod) {
+            return self.statics.changed.notify_one();
+        }
         let uid = pod.uid().unwrap_or_default();
         let mut workers = self.workers.lock();
         if let Some(entry) = workers.get(&uid) {
@@ -352,6 +366,7 @@ impl Inner {
         let entry = Entry {
             namespace: pod.namespace().unwrap_or_default(),
             name: pod.name_any(),
+            is_static: manifests::is_static(pod),
             inbox: worker.inbox(),
             snapshot: worker.snapshot(),
         };
@@ -364,13 +379,16 @@ impl Inner {
             let Some(inner) = weak.upgrade() else { return };
             inner.workers.lock().remove(&uid);
             inner.changed.notify_one();
+            inner.statics.changed.notify_one();
             if let Err(error) = ended
                 && error.is_panic()
             {
                 tracing::error!(uid, "a pod's worker panicked; it is started anew");
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 inner.adopt_one(&uid).await;
-                let pod = inner.pods.list().into_iter().find(|p| p.uid().as_deref() == Some(uid.as_str()));
+                let statics: Vec<_> = inner.statics.pods.lock().values().cloned().collect();
+                let is_it = |p: &Arc<Pod>| p.uid().as_deref() == Some(uid.as_str());
+                let pod = inner.pods.list().into_iter().chain(statics).find(is_it);
                 pod.iter().for_each(|pod| inner.update(pod));
             }
         });
@@ -445,10 +463,15 @@ impl Inner {
     /// Looks whether the node is short of something, and evicts one pod where it is.
     fn sample(self: &Arc<Self>) -> pressure::Pressure {
         let found = pressure::sample(&self.services.config);
-        let services = self.services.clone();
+        let inner = self.clone();
         tokio::spawn(async move {
-            logs::rotate(&services).await;
-            pressure::collect_images(&services).await;
+            logs::rotate(&inner.services).await;
+            pressure::collect_images(&inner.services).await;
+            let all: Vec<Snapshot> =
+                inner.workers.lock().values().map(|entry| entry.snapshot.read().clone()).collect();
+            let pods = all.into_iter().filter(|s| local_storage::may_go(&s.pod)).collect();
+            let evict = |uid: &str, eviction| inner.with(uid, |inbox| inbox.evict(eviction));
+            inner.storage.sample(&inner.services, pods, evict).await;
         });
         let short = if found.memory { Some("memory") } else { found.disk.then_some("ephemeral-storage") };
         if let Some(resource) = short {
@@ -463,6 +486,8 @@ impl Inner {
         found
     }
 }
+
+mod static_pods;
 
 #[cfg(test)]
 mod fakes;

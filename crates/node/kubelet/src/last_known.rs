@@ -38,8 +38,8 @@ pub fn save(root: &Path, content: &[u8]) -> std::io::Result<()> {
 
 /// Nothing where there is no file, or none that can be read.
 pub fn load(root: &Path) -> Vec<Pod> {
-    let Ok(bytes) = std::fs::read(root.join(FILE)) else { return Vec::new() };
-    serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+    let Ok(text) = std::fs::read_to_string(root.join(FILE)) else { return Vec::new() };
+    serde_json::from_str(&text).unwrap_or_else(|error| {
         tracing::warn!(%error, "the last known pods cannot be read");
         Vec::new()
     })

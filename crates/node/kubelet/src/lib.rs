@@ -4,7 +4,7 @@
 //! pure and tested by itself (`plan`, `status`, `container_status`). It sees the cluster through a `kube::Client` and the
 //! machine through the drivers' traits, `Runtime` and `PodNetwork`.
 //!
-//! Deliberately not here: static pods, device plugins, the CPU and memory managers' static policies, in-place resize, swap, and
+//! Deliberately not here: device plugins, the CPU and memory managers' static policies, in-place resize, swap, and
 //! preemption of running pods in favour of critical ones.
 pub mod admission;
 pub mod api;
@@ -18,6 +18,7 @@ pub mod expansion;
 pub mod hooks;
 pub mod kubelet;
 pub mod last_known;
+pub mod local_storage;
 pub mod logs;
 pub mod node;
 pub mod node_services;
@@ -25,9 +26,11 @@ pub mod plan;
 pub mod pressure;
 pub mod probes;
 pub mod pull;
+pub mod qos_groups;
 pub mod recorder;
 pub mod resources;
 pub mod security;
+pub mod static_pods;
 pub mod status;
 pub mod worker;
 

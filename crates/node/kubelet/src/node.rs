@@ -15,6 +15,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, Owne
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use sampan_kinds::quantity::{self, Amount};
+use sampan_kinds::version::GIT_VERSION;
 use sampan_world::clock;
 use serde_json::{Value, json};
 
@@ -22,7 +23,6 @@ use crate::node_services::NodeServices;
 use crate::pressure::Pressure;
 use crate::recorder::NORMAL;
 
-const VERSION: &str = "v1.36.0";
 const LEASES: &str = "kube-node-lease";
 const MAX_IMAGES: usize = 50;
 
@@ -142,7 +142,7 @@ async fn status(services: &NodeServices, pressure: Pressure, old: Option<&NodeSt
             "machineID": facts.machine_id, "systemUUID": facts.system_uuid, "bootID": facts.boot_id,
             "kernelVersion": facts.kernel, "osImage": facts.os_image, "operatingSystem": platform.os,
             "architecture": platform.architecture, "containerRuntimeVersion": services.runtime.version(),
-            "kubeletVersion": VERSION, "kubeProxyVersion": "",
+            "kubeletVersion": GIT_VERSION, "kubeProxyVersion": "",
         },
     });
     serde_json::from_value(built).unwrap_or_default()

@@ -32,6 +32,9 @@ pub struct NodeServices {
     pub writes: Semaphore,
     /// Pods that were let in, by UID.
     pub admitted: Mutex<HashMap<String, Arc<Pod>>>,
+    /// What the group of burstable pods weighs, and the turn to say so.
+    pub burstable_shares: Mutex<i64>,
+    pub burstable_order: tokio::sync::Mutex<()>,
     pub hostname: String,
 }
 

@@ -48,7 +48,7 @@ pub fn victim(pods: &[Arc<Pod>]) -> Option<Arc<Pod>> {
     let asked =
         |pod: &Pod| pod.spec.as_ref().map(requests::pod_requests).and_then(|r| r.get("memory").copied());
     pods.iter()
-        .filter(|p| priority(p) < 2_000_000_000 && !is_over(p))
+        .filter(|p| priority(p) < 2_000_000_000 && !is_over(p) && !crate::static_pods::is_static(p))
         .min_by_key(|p| (class(p), priority(p), asked(p).unwrap_or_default(), p.uid()))
         .cloned()
 }

@@ -26,7 +26,7 @@ pub fn cgroup_parent(pod: &Pod) -> String {
     }
 }
 
-fn shares(milli: i64) -> i64 {
+pub fn shares(milli: i64) -> i64 {
     (milli * 1024 / 1000).clamp(2, 262_144)
 }
 
@@ -53,7 +53,7 @@ fn oom_score_adj(pod: &Pod, container: &Container, node_memory_bytes: i64) -> i3
 }
 
 /// The limits of one container; the pod's count where it has none of its own.
-pub fn of_container(pod: &Pod, container: &Container, node_memory_bytes: i64, pids_limit: i64) -> Resources {
+pub fn of_container(pod: &Pod, container: &Container, node_memory_bytes: i64) -> Resources {
     let own = container.resources.as_ref();
     let of_pod = pod.spec.as_ref().and_then(|s| s.resources.as_ref());
     let limit = |name: &str| {
@@ -67,8 +67,30 @@ pub fn of_container(pod: &Pod, container: &Container, node_memory_bytes: i64, pi
         cpu_quota_us: quota_us(cpu_limit),
         cpu_shares: shares(request.map_or(cpu_limit, Amount::milli_value)),
         memory_limit_bytes: limit("memory").map_or(0, Amount::value),
-        pids_limit,
+        pids_limit: 0,
         oom_score_adj: oom_score_adj(pod, container, node_memory_bytes),
+    }
+}
+
+/// The limits of the pod as a whole. A sum of limits counts only where each container has one, or the pod itself.
+pub fn of_pod(pod: &Pod, pids_limit: i64) -> Resources {
+    let spec = pod.spec.clone().unwrap_or_default();
+    let limits = requests::pod_limits(&spec);
+    let of_pod = spec.resources.as_ref().and_then(|r| r.limits.as_ref());
+    let limit = |name: &str| {
+        let is_set = |list| amount(list, name).is_some_and(|a| a > Amount::ZERO);
+        let mut all = spec.containers.iter().chain(spec.init_containers.iter().flatten());
+        let each = all.all(|c| is_set(c.resources.as_ref().and_then(|r| r.limits.as_ref())));
+        limits.get(name).copied().filter(|_| each || is_set(of_pod))
+    };
+    let request = requests::pod_requests(&spec).get("cpu").copied().unwrap_or_default();
+    Resources {
+        cpu_period_us: 100_000,
+        cpu_quota_us: quota_us(limit("cpu").map_or(0, Amount::milli_value)),
+        cpu_shares: shares(request.milli_value()),
+        memory_limit_bytes: limit("memory").map_or(0, Amount::value),
+        pids_limit,
+        oom_score_adj: 0,
     }
 }
 
@@ -110,10 +132,34 @@ mod tests {
             let pod: Pod = serde_json::from_value(json!({"metadata": {"uid": "u"},
                 "spec": {"containers": [{"name": "c", "resources": resources}]}}))
             .unwrap();
-            let got = of_container(&pod, &pod.spec.as_ref().unwrap().containers[0], 4 << 30, 0);
+            let got = of_container(&pod, &pod.spec.as_ref().unwrap().containers[0], 4 << 30);
             assert_eq!(cgroup_parent(&pod), parent);
             let values = (got.cpu_shares, got.cpu_quota_us, got.memory_limit_bytes, got.oom_score_adj);
             assert_eq!(values, (shares, quota, memory, oom), "{resources}");
+        }
+    }
+
+    #[test]
+    fn a_pods_group_has_the_sums() {
+        let limited = |cpu: &str, memory: &str| json!({"limits": {"cpu": cpu, "memory": memory}, "requests": {"cpu": "100m"}});
+        let both = limited("500m", "1Mi");
+        // containers, the pod's own resources, want: shares, quota, memory
+        let cases = [
+            (json!([{}]), json!(null), 2, 0, 0),
+            (json!([{"resources": both}, {"resources": both}]), json!(null), 204, 100_000, 2 << 20),
+            (json!([{"resources": both}, {}]), json!(null), 102, 0, 0),
+            (json!([{"resources": both}, {}]), limited("2", "8Mi"), 102, 200_000, 8 << 20),
+            (json!([{"resources": {"limits": {"memory": "1Mi"}}}]), json!(null), 2, 0, 1 << 20),
+        ];
+        for (containers, own, shares, quota, memory) in cases {
+            let mut spec = json!({"containers": containers, "resources": own});
+            for container in spec["containers"].as_array_mut().unwrap() {
+                container["name"] = "c".into();
+            }
+            let pod: Pod = serde_json::from_value(json!({"spec": spec})).unwrap();
+            let got = of_pod(&pod, 7);
+            let values = (got.cpu_shares, got.cpu_quota_us, got.memory_limit_bytes, got.pids_limit);
+            assert_eq!(values, (shares, quota, memory, 7), "{spec}");
         }
     }
 }

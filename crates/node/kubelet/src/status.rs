@@ -30,13 +30,15 @@ pub struct Inputs<'a> {
     pub start_time: Option<Time>,
 }
 
-const OWN: [&str; 8] = [
+/// Set by whoever ends a pod: the eviction API, a controller, the scheduler or this kubelet.
+const DISRUPTION: &str = "DisruptionTarget";
+
+const OWN: [&str; 7] = [
     "PodReadyToStartContainers",
     "Initialized",
     "Ready",
     "ContainersReady",
     "PodScheduled",
-    "DisruptionTarget",
     "PodResizePending",
     "PodResizeInProgress",
 ];
@@ -273,11 +275,15 @@ pub fn generate(inputs: Inputs<'_>) -> PodStatus {
         containers_ready(&inputs, &shown, "ContainersReady"),
         condition("PodScheduled", true, None, None),
     ];
-    let disruption = inputs.old.conditions.iter().flatten().find(|c| c.type_ == "DisruptionTarget").cloned();
-    own.extend(inputs.disruption.clone().or(disruption));
+    let kept = inputs.old.conditions.iter().flatten().find(|c| c.type_ == DISRUPTION);
+    let api_conditions = || api.conditions.iter().flatten();
+    // shared with the API server and the controllers: what they say of it stays
+    if !api_conditions().any(|c| c.type_ == DISRUPTION) || inputs.disruption.is_some() {
+        own.extend(inputs.disruption.clone().or(kept.cloned()));
+    }
     settle(&mut own, inputs.old, inputs.pod.metadata.generation, &now);
-    let mut conditions: Vec<PodCondition> =
-        api.conditions.iter().flatten().filter(|c| !OWN.contains(&c.type_.as_str())).cloned().collect();
+    let is_own = |c: &PodCondition| OWN.contains(&c.type_.as_str()) || own.iter().any(|o| o.type_ == c.type_);
+    let mut conditions: Vec<PodCondition> = api_conditions().filter(|c| !is_own(c)).cloned().collect();
     conditions.extend(own);
     let list = |ips: &[String]| (!ips.is_empty()).then(|| ips.to_vec());
     let some = |statuses: Vec<ContainerStatus>| (!statuses.is_empty()).then_some(statuses);
@@ -445,6 +451,33 @@ mod tests {
             let (pod, old) = (pod(policy, &names), PodStatus::default());
             assert_eq!(phase(&inputs(&pod, &old, &states)), want, "{policy} {states:?}");
         }
+    }
+
+    #[test]
+    fn what_others_say_of_a_disruption_stays() {
+        let disruption = |reason: &str| -> PodCondition {
+            serde_json::from_value(json!({"type": DISRUPTION, "status": "True", "reason": reason})).unwrap()
+        };
+        let reasons = |status: &PodStatus| -> Vec<String> {
+            let all = status.conditions.iter().flatten().filter(|c| c.type_ == DISRUPTION);
+            all.filter_map(|c| c.reason.clone()).collect()
+        };
+        let (mut pod, old) = (pod("Always", &["m"]), PodStatus::default());
+        assert!(reasons(&generate(inputs(&pod, &old, &[("m", "run")]))).is_empty());
+        pod.status = Some(PodStatus {
+            conditions: Some(vec![disruption("EvictionByEvictionAPI")]),
+            ..PodStatus::default()
+        });
+        let told = generate(inputs(&pod, &old, &[("m", "run")]));
+        assert_eq!(reasons(&told), ["EvictionByEvictionAPI"]);
+        let own = Inputs {
+            disruption: Some(disruption("TerminationByKubelet")),
+            ..inputs(&pod, &told, &[("m", "bad")])
+        };
+        let ended = generate(own);
+        assert_eq!(reasons(&ended), ["TerminationByKubelet"]);
+        pod.status = None;
+        assert_eq!(reasons(&generate(inputs(&pod, &ended, &[("m", "bad")]))), ["TerminationByKubelet"]);
     }
 
     #[test]

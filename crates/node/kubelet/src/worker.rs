@@ -29,12 +29,12 @@ use tokio_util::sync::CancellationToken;
 
 pub use inbox::{Done, Eviction, Inbox};
 
-use crate::admission;
 use crate::back_off::BackOff;
 use crate::node_services::NodeServices;
 use crate::plan::{Probe, Records, is_exited};
 use crate::pull::Waiting;
 use crate::recorder::WARNING;
+use crate::{admission, qos_groups};
 
 /// What others may know of a pod.
 #[derive(Clone, Debug, Default)]
@@ -98,6 +98,9 @@ pub struct Worker {
     inbox: Arc<Inbox>,
     snapshot: Arc<RwLock<Snapshot>>,
     pod: Arc<Pod>,
+    /// A static pod, and what the API shows of it.
+    is_static: bool,
+    mirror: Option<Arc<Pod>>,
     uid: String,
     stage: Stage,
     sandbox: Option<Sandbox>,
@@ -124,6 +127,9 @@ pub struct Worker {
     restarting: BTreeSet<String>,
     messages: HashMap<String, String>,
     verdict: Option<(String, String)>,
+    /// The verdict came before any container.
+    is_refused: bool,
+    began: Instant,
     disruption: Option<PodCondition>,
     start_time: Option<Time>,
     /// The grace period that containers are being stopped with.
@@ -169,6 +175,10 @@ impl Worker {
             status,
             inbox: Arc::default(),
             snapshot: Arc::new(RwLock::new(snapshot)),
+            is_static: crate::static_pods::is_static(&pod),
+            mirror: None,
+            is_refused: false,
+            began: clock::monotonic(),
             node,
             pod,
             sandbox,
@@ -229,7 +239,13 @@ impl Worker {
         if let Some(watches) = &self.node.watches {
             watches.unregister(&self.uid);
         }
+        self.leave();
+    }
+
+    /// No longer counts for what the node has left.
+    fn leave(&self) {
         self.node.admitted.lock().remove(&self.uid);
+        qos_groups::update(&self.node);
     }
 
     /// Takes in what happened.
@@ -237,6 +253,9 @@ impl Worker {
         let taken = self.inbox.take();
         if let Some(pod) = taken.pod {
             self.take_pod(pod);
+        }
+        if let Some(mirror) = taken.mirror {
+            self.take_mirror(mirror);
         }
         self.is_gone |= taken.is_gone;
         if taken.refresh {
@@ -398,9 +417,11 @@ impl Worker {
             Err(refusal) if !was_in => {
                 self.node.recorder.pod(&self.pod, WARNING, &refusal.reason, refusal.message.clone());
                 self.verdict = Some((refusal.reason, format!("Pod was rejected: {}", refusal.message)));
+                self.is_refused = true;
                 self.end();
             }
             _ => {
+                qos_groups::update(&self.node);
                 self.start_time.get_or_insert_with(|| Time(clock::now_seconds()));
                 self.stage = Stage::Running;
             }

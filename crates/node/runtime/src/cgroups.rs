@@ -129,9 +129,18 @@ impl Cgroups {
         Ok(())
     }
 
-    /// Sets what `resources` says; 0 means not set.
+    /// Sets what `resources` says for a container; 0 means not set.
     pub fn limit(&self, group: &str, resources: &Resources) -> io::Result<()> {
-        for (controller, file, value) in settings(resources, self.is_v2()) {
+        self.write(group, settings(resources, self.is_v2(), true))
+    }
+
+    /// The same for a pod's group, or one above pods: short of memory, one of its containers goes, not all of them.
+    pub fn limit_pods(&self, group: &str, resources: &Resources) -> io::Result<()> {
+        self.write(group, settings(resources, self.is_v2(), false))
+    }
+
+    fn write(&self, group: &str, settings: Vec<(&'static str, &'static str, String)>) -> io::Result<()> {
+        for (controller, file, value) in settings {
             let Some(folder) = self.folder(controller, group) else { continue };
             let path = folder.join(file);
             if !path.exists() {
@@ -244,7 +253,7 @@ fn remove_tree(folder: &Path) {
     let _ = fs::remove_dir(folder);
 }
 
-fn settings(r: &Resources, v2: bool) -> Vec<(&'static str, &'static str, String)> {
+fn settings(r: &Resources, v2: bool, goes_whole: bool) -> Vec<(&'static str, &'static str, String)> {
     let mut out = Vec::new();
     let mut set = |controller, v1_file, v2_file, v1_value: String, v2_value: String| {
         out.push(if v2 { (controller, v2_file, v2_value) } else { (controller, v1_file, v1_value) });
@@ -266,7 +275,7 @@ fn settings(r: &Resources, v2: bool) -> Vec<(&'static str, &'static str, String)
         let limit = r.memory_limit_bytes.to_string();
         let max = if r.memory_limit_bytes < 0 { "max".to_string() } else { limit.clone() };
         set("memory", "memory.limit_in_bytes", "memory.max", limit, max);
-        if v2 {
+        if v2 && goes_whole {
             // A container is killed whole, as containerd does it on v2.
             set("memory", "", "memory.oom.group", String::new(), "1".into());
         }
@@ -307,8 +316,9 @@ mod tests {
             pids_limit: -1,
             oom_score_adj: 0,
         };
-        let text =
-            |v2| settings(&r, v2).iter().map(|(_, f, v)| format!("{f}={v}")).collect::<Vec<_>>().join(" ");
+        let text = |v2| {
+            settings(&r, v2, true).iter().map(|(_, f, v)| format!("{f}={v}")).collect::<Vec<_>>().join(" ")
+        };
         assert_eq!(
             text(false),
             "cpu.shares=1024 cpu.cfs_period_us=100000 cpu.cfs_quota_us=50000 memory.limit_in_bytes=1048576 pids.max=max"
@@ -317,5 +327,6 @@ mod tests {
             text(true),
             "cpu.weight=39 cpu.max=50000 100000 memory.max=1048576 memory.oom.group=1 pids.max=max"
         );
+        assert!(settings(&r, true, false).iter().all(|(_, file, _)| *file != "memory.oom.group"));
     }
 }

@@ -14,6 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::content::{Content, ContentError};
 
+mod by_hand;
+pub use by_hand::ImageFiles;
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ImageRecord {
     pub id: String,
@@ -49,6 +52,8 @@ pub struct Images {
     platform: Platform,
     path: PathBuf,
     table: Mutex<Table>,
+    /// Ids of what the archives hold that lie on this node: no registry may have them, so they are never collected.
+    pinned: Mutex<Vec<String>>,
     /// One pull at a time, as kubelet's `serializeImagePulls` has it; also what keeps removal and pulls apart.
     pulling: tokio::sync::Mutex<()>,
 }
@@ -93,7 +98,8 @@ impl Images {
             Err(_) => Table::default(),
         };
         let table = Mutex::new(table);
-        let images = Images { content, client, platform, path, table, pulling: Default::default() };
+        let pinned = Mutex::default();
+        let images = Images { content, client, platform, path, table, pinned, pulling: Default::default() };
         // A layer that went missing makes its image one to be pulled again.
         images.table.lock().images.retain(|i| i.layers.iter().all(|l| images.content.has_layer(l)));
         Ok(Arc::new(images))
@@ -126,7 +132,7 @@ impl Images {
             size_bytes: record.size_bytes,
             user: self.config(record).and_then(|c| c.user).unwrap_or_default(),
             platform: record.platform.clone(),
-            pinned: false,
+            pinned: self.pinned.lock().contains(&record.id),
         }
     }
 
@@ -301,11 +307,15 @@ impl Images {
     pub fn import_folder(&self, folder: &Path) {
         let mut archives: Vec<PathBuf> =
             std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
-        archives.retain(|p| p.extension().is_some_and(|e| e == "tar" || e == "oci"));
+        archives.retain(|p| {
+            let name = p.to_string_lossy();
+            [".tar", ".oci", ".tar.gz", ".tgz", ".tar.zst"].iter().any(|end| name.ends_with(end))
+        });
         archives.sort();
         for path in archives {
-            if let Err(error) = self.import(&path) {
-                tracing::warn!(archive = %path.display(), %error, "image archive not imported");
+            match self.import(&path) {
+                Ok(ids) => self.pinned.lock().extend(ids),
+                Err(error) => tracing::warn!(archive = %path.display(), %error, "image archive not imported"),
             }
         }
     }

@@ -14,5 +14,6 @@ mod shim;
 mod spec;
 mod sys;
 
+pub use images::{ImageFiles, ImageRecord};
 pub use node::{Node, RuntimeOptions};
 pub use shim::shim_main;

@@ -25,6 +25,7 @@ use crate::spec::{Exit, Request, Started};
 
 mod connection;
 mod containers;
+mod images;
 mod runtime;
 mod sandboxes;
 mod streams;

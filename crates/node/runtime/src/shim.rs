@@ -447,12 +447,12 @@ impl Shim {
             run::read_stream(&mut container, 0, &mut buffer, true);
         }
         let code = container.ended.unwrap_or(-1);
-        let reason = if code == 0 {
-            "Completed"
-        } else if container.oom_file.as_deref().is_some_and(run::was_out_of_memory) {
-            "OOMKilled"
-        } else {
-            "Error"
+        // As containerd has it: once the kernel has killed for memory in the group, whichever process it was, that is
+        // why the container ended, whatever its first process said afterwards.
+        let reason = match code {
+            _ if container.oom_file.as_deref().is_some_and(run::was_out_of_memory) => "OOMKilled",
+            0 => "Completed",
+            _ => "Error",
         };
         let exit = Exit { code, at_ns: run::now_ns(), reason: reason.into(), message: String::new() };
         self.write_exit(&container.id, &exit);

@@ -82,6 +82,7 @@ impl Bench {
             ipc: NamespaceMode::Pod,
             sysctls: BTreeMap::new(),
             cgroup_parent: format!("kubepods/pod-{name}"),
+            resources: Default::default(),
             seccomp: Seccomp::RuntimeDefault,
         }
     }
@@ -516,6 +517,19 @@ async fn out_of_memory(bench: &Bench, node: &Node) {
     config.resources.oom_score_adj = 1000;
     let ended = run(bench, node, &pod, &config).await;
     assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "OOMKilled"));
+    // as containerd has it: also where only a child was killed, and the first process ended well
+    let mut child = bench.container("tail /dev/zero; exit 0");
+    child.resources = config.resources.clone();
+    let ended = run(bench, node, &pod, &child).await;
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (0, "OOMKilled"));
+    node.remove_sandbox(&pod).await.unwrap();
+    let mut limited = bench.sandbox("limited");
+    limited.resources.memory_limit_bytes = 16 << 20;
+    let pod = node.run_sandbox(&limited).await.unwrap();
+    let mut config = bench.container("exec tail /dev/zero");
+    config.resources.oom_score_adj = 1000;
+    let ended = run(bench, node, &pod, &config).await;
+    assert_eq!(ended.exit_code, 137, "the pod's limit holds where the container has none");
     node.remove_sandbox(&pod).await.unwrap();
 }
 

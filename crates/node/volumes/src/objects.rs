@@ -12,15 +12,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::StreamExt;
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, ServiceAccount};
 use kube::api::PostParams;
-use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, ResourceExt};
 use parking_lot::Mutex;
 use sampan_world::clock;
 use tokio::task::AbortHandle;
+
+mod follow;
+
+/// How long to wait between answers that forbid, before one of them is believed.
+const FORBIDDEN_WAITS_MS: [u64; 6] = [20, 50, 100, 200, 400, 800];
 
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum FetchError {
@@ -125,7 +128,8 @@ impl ObjectWatches {
         }
         for reference in wanted {
             let entry = watched.entry(reference.clone()).or_insert_with(|| {
-                let task = tokio::spawn(follow(Arc::downgrade(&self.0), self.0.client.clone(), reference));
+                let task =
+                    tokio::spawn(follow::follow(Arc::downgrade(&self.0), self.0.client.clone(), reference));
                 Watched { seen: None, users: BTreeSet::new(), task: Some(task.abort_handle()) }
             });
             entry.users.insert(uid.clone());
@@ -224,56 +228,6 @@ fn references(pod: &Pod) -> BTreeSet<Reference> {
     found
 }
 
-async fn follow(inner: std::sync::Weak<Inner>, client: Client, reference: Reference) {
-    if reference.is_secret {
-        let api: Api<Secret> = Api::namespaced(client, &reference.namespace);
-        follow_one(inner, api, reference, |o| Held::Secret(Arc::new(o))).await;
-    } else {
-        let api: Api<ConfigMap> = Api::namespaced(client, &reference.namespace);
-        follow_one(inner, api, reference, |o| Held::ConfigMap(Arc::new(o))).await;
-    }
-}
-
-async fn follow_one<K>(inner: std::sync::Weak<Inner>, api: Api<K>, reference: Reference, hold: fn(K) -> Held)
-where
-    K: kube::Resource<DynamicType = ()> + Clone + std::fmt::Debug + Send + serde_object::Read + 'static,
-{
-    let config = watcher::Config::default().fields(&format!("metadata.name={}", reference.name));
-    let mut events = std::pin::pin!(watcher(api, config).default_backoff());
-    let mut listed = None;
-    while let Some(event) = events.next().await {
-        let now = match event {
-            Ok(watcher::Event::Init) => {
-                listed = None;
-                continue;
-            }
-            Ok(watcher::Event::InitApply(object)) => {
-                listed = Some(object);
-                continue;
-            }
-            Ok(watcher::Event::InitDone) => listed.take(),
-            Ok(watcher::Event::Apply(object)) => Some(object),
-            Ok(watcher::Event::Delete(_)) => None,
-            Err(error) => {
-                tracing::debug!(name = reference.name, %error, "watch of one object failed, will retry");
-                continue;
-            }
-        };
-        let now = now.map(|mut object| {
-            object.meta_mut().managed_fields = None;
-            hold(object)
-        });
-        let Some(inner) = inner.upgrade() else { return };
-        inner.changed(&reference, now);
-    }
-}
-
-/// What a watched kind must be able to do, spelled once.
-mod serde_object {
-    pub trait Read: for<'a> k8s_openapi::serde::Deserialize<'a> {}
-    impl<T: for<'a> k8s_openapi::serde::Deserialize<'a>> Read for T {}
-}
-
 impl Inner {
     fn remember(&self, file: &std::path::Path, content: &[u8]) {
         let Some(folder) = self.last_known.lock().clone() else { return };
@@ -302,7 +256,7 @@ impl Inner {
     /// What the server says, else (where it cannot be reached) what it said last.
     fn settle<K>(&self, reference: &Reference, answer: Result<K, kube::Error>) -> Result<Arc<K>, FetchError>
     where
-        K: serde_object::Read,
+        K: for<'a> k8s_openapi::serde::Deserialize<'a>,
     {
         let kind = if reference.is_secret { "secret" } else { "configmap" };
         match answer {
@@ -339,6 +293,22 @@ impl Inner {
     }
 }
 
+/// The server hears of a pod a moment after this node does, and forbids until then what the pod needs: asks again.
+async fn patiently<T, F>(mut ask: impl FnMut() -> F) -> Result<T, kube::Error>
+where
+    F: Future<Output = Result<T, kube::Error>>,
+{
+    for wait_ms in FORBIDDEN_WAITS_MS {
+        match ask().await {
+            Err(kube::Error::Api(status)) if status.code == 403 => {
+                tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+            }
+            answer => return answer,
+        }
+    }
+    ask().await
+}
+
 fn failed(kind: &'static str, namespace: &str, name: &str, error: kube::Error) -> FetchError {
     match error {
         kube::Error::Api(status) if status.code == 404 => {
@@ -356,7 +326,7 @@ impl PodObjects for ObjectWatches {
         }
         let api: Api<ConfigMap> = Api::namespaced(self.0.client.clone(), namespace);
         let reference = Reference { is_secret: false, namespace: namespace.into(), name: name.into() };
-        self.0.settle(&reference, api.get(name).await)
+        self.0.settle(&reference, patiently(|| api.get(name)).await)
     }
 
     async fn secret(&self, namespace: &str, name: &str) -> Result<Arc<Secret>, FetchError> {
@@ -365,7 +335,7 @@ impl PodObjects for ObjectWatches {
         }
         let api: Api<Secret> = Api::namespaced(self.0.client.clone(), namespace);
         let reference = Reference { is_secret: true, namespace: namespace.into(), name: name.into() };
-        self.0.settle(&reference, api.get(name).await)
+        self.0.settle(&reference, patiently(|| api.get(name)).await)
     }
 
     async fn token(
@@ -400,7 +370,8 @@ impl PodObjects for ObjectWatches {
         let api: Api<ServiceAccount> = Api::namespaced(self.0.client.clone(), &namespace);
         let file =
             PathBuf::from("tokens").join(&key.0).join(format!("{}_{}", key.1.replace('/', "_"), key.2));
-        let answer = match api.create_token_request(account, &PostParams::default(), &request).await {
+        let parameters = PostParams::default();
+        let answer = match patiently(|| api.create_token_request(account, &parameters, &request)).await {
             Ok(answer) => answer,
             Err(error) => {
                 let known = match &error {
@@ -446,6 +417,25 @@ mod tests {
         assert_eq!(watches.config_map("ns", "a").await.unwrap().data.as_ref().unwrap()["k"], "v");
         watches.0.changed(&reference, None);
         assert!(watches.config_map("ns", "a").await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_forbidden_for_a_moment_is_asked_for_again() {
+        let asked = Arc::new(Mutex::new(0));
+        let counted = asked.clone();
+        let service = tower::service_fn(move |_: http::Request<kube::client::Body>| {
+            let mut asked = counted.lock();
+            *asked += 1;
+            let (code, body) = match *asked {
+                1 | 2 => (403, serde_json::json!({"kind": "Status", "status": "Failure", "code": 403})),
+                _ => (200, serde_json::json!({"metadata": {"name": "a"}, "data": {"k": "v"}})),
+            };
+            let body = kube::client::Body::from(body.to_string().into_bytes());
+            async move { Ok::<_, std::io::Error>(http::Response::builder().status(code).body(body).unwrap()) }
+        });
+        let watches = ObjectWatches::new(Client::new(service, "default"));
+        assert!(watches.config_map("ns", "a").await.is_ok());
+        assert_eq!(*asked.lock(), 3);
     }
 
     #[test]

@@ -148,8 +148,9 @@ enum Change {
     Container,
 }
 
+/// For inotify, whose descriptor is read by nobody else.
 #[allow(unsafe_code)]
-fn registered(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn registered(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` owns its descriptor, and nothing exchanges it inside the `AsyncFd`.
     Ok(unsafe { AsyncFd::register(fd) }?)
 }

@@ -257,6 +257,8 @@ impl PodNetwork for FakeNetwork {
 #[derive(Default)]
 pub struct FakeApi {
     pub statuses: Mutex<BTreeMap<String, Value>>,
+    /// The patches of statuses, in order.
+    pub history: Mutex<Vec<Value>>,
     pub events: Mutex<Vec<(String, String)>>,
     pub deleted: Mutex<Vec<String>>,
     pub objects: Mutex<BTreeMap<String, Value>>,
@@ -300,6 +302,7 @@ impl FakeApi {
         let mut code = 200;
         let answer = if path.ends_with("/status") && path.contains("/pods/") {
             self.merge(&name, &value);
+            self.history.lock().push(value);
             json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "resourceVersion": version.to_string()}})
         } else if parts.method == http::Method::DELETE {
             self.deleted.lock().push(name.clone());
@@ -321,6 +324,10 @@ impl FakeApi {
             }
             let mut value = value;
             value["metadata"]["resourceVersion"] = json!(version.to_string());
+            if path.ends_with("/pods") {
+                value["metadata"]["uid"] = json!(format!("uid-{version}"));
+                pods.put(serde_json::from_value(value.clone()).unwrap());
+            }
             value
         };
         let mut response = http::Response::new(Body::from(answer.to_string().into_bytes()));

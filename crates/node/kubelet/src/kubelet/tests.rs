@@ -2,7 +2,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use sampan_client::Informer;
 use sampan_volumes::ObjectWatches;
 use serde_json::{Value, json};
@@ -23,6 +23,10 @@ struct Bench {
 
 impl Bench {
     fn with(runtime: Arc<FakeRuntime>) -> Self {
+        Self::made(runtime, |_| {}, Informer::detached())
+    }
+
+    fn made(runtime: Arc<FakeRuntime>, more: impl FnOnce(&mut KubeletConfig), node: Informer<Node>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = KubeletConfig::new("n1", dir.path().into());
         config.node_ips = vec!["192.168.0.5".parse().unwrap()];
@@ -31,11 +35,12 @@ impl Bench {
         config.eviction_memory_bytes = 0;
         config.eviction_disk_percent = 0;
         config.image_gc_high_percent = 101;
+        more(&mut config);
         let (api, pods, network) =
             (Arc::new(FakeApi::default()), Informer::detached(), Arc::<FakeNetwork>::default());
         let client = api.client(pods.clone());
         let watches = ObjectWatches::new(client.clone());
-        let informers = (pods.clone(), Informer::detached(), Informer::detached());
+        let informers = (pods.clone(), node, Informer::detached());
         let kubelet = Kubelet::assemble(config, client, informers, watches, runtime.clone(), network.clone());
         let running = kubelet.clone();
         tokio::spawn(async move { running.run().await });
@@ -264,4 +269,89 @@ async fn volumes_wait_for_their_objects() {
     let config = bench.runtime.configs.lock()["c"].clone();
     let mount = config.mounts.iter().find(|m| m.container_path == "/v").unwrap();
     assert_eq!(std::fs::read_to_string(mount.host_path.join("k")).unwrap(), "v");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_static_pod_runs_is_mirrored_and_ends_with_its_file() {
+    let manifests = tempfile::tempdir().unwrap();
+    let file = manifests.path().join("web.yaml");
+    let text = |image: &str| {
+        let container = format!("{{name: c, image: {image}, imagePullPolicy: Always}}");
+        format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: web, namespace: ns}}, spec: {{containers: [{container}]}}}}"
+        )
+    };
+    std::fs::write(&file, text("one")).unwrap();
+    std::fs::write(manifests.path().join("bad.yaml"), "{").unwrap();
+    let node = Informer::detached();
+    let bench = Bench::made(
+        Arc::default(),
+        |config| config.manifests_dir = Some(manifests.path().into()),
+        node.clone(),
+    );
+    // without a server, nor a node
+    bench.until("running", |b| !b.runtime.containers.lock().is_empty()).await;
+    bench
+        .until("the bad file is named", |b| {
+            b.api
+                .events
+                .lock()
+                .iter()
+                .any(|(reason, text)| reason == "InvalidStaticPod" && text.contains("bad.yaml"))
+        })
+        .await;
+    assert!(bench.api.status("web-n1").is_null(), "there is no mirror to tell");
+    node.put(serde_json::from_value(json!({"metadata": {"name": "n1", "uid": "node-uid"}})).unwrap());
+    let mirror = |b: &Bench| b.pods.get("ns", "web-n1");
+    bench.until("mirrored", |b| mirror(b).is_some()).await;
+    bench.phase("web-n1", "Running").await;
+    let first = mirror(&bench).unwrap();
+    let owner = &first.metadata.owner_references.as_ref().unwrap()[0];
+    assert_eq!((owner.kind.as_str(), owner.uid.as_str()), ("Node", "node-uid"));
+    let annotations = first.metadata.annotations.clone().unwrap();
+    assert_eq!(annotations["kubernetes.io/config.mirror"], annotations["kubernetes.io/config.hash"]);
+    // somebody deletes the mirror: it is made anew, and the pod runs on
+    let mut going = (*first).clone();
+    going.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+    going.metadata.resource_version = Some("999999".into());
+    bench.pods.put(going);
+    bench.until("deleted", |b| *b.api.deleted.lock() == ["web-n1"]).await;
+    bench.until("made anew", |b| mirror(b).is_some_and(|m| m.metadata.uid != first.metadata.uid)).await;
+    assert!(bench.runtime.stops.lock().is_empty());
+    // another content is another pod, started when the first has ended
+    std::fs::write(&file, text("two")).unwrap();
+    bench.until("the first ends", |b| b.runtime.stops.lock().len() == 1).await;
+    bench
+        .until("the second runs", |b| {
+            b.runtime.configs.lock().values().any(|config| config.image == "two")
+                && b.kubelet.pods().len() == 1
+        })
+        .await;
+    bench
+        .until("its mirror", |b| {
+            mirror(b).is_some_and(|m| m.metadata.annotations.clone().unwrap_or_default() != annotations)
+        })
+        .await;
+    std::fs::remove_file(&file).unwrap();
+    bench
+        .until("all gone", |b| {
+            b.kubelet.pods().is_empty() && mirror(b).is_none() && b.runtime.sandboxes.lock().is_empty()
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replaced_container_is_never_told_as_not_ready() {
+    let mut bench = Bench::new();
+    bench.put("p", &one(&json!({})), &json!({}));
+    bench.phase("p", "Running").await;
+    let ready = |b: &Bench| b.api.status("p")["containerStatuses"][0]["ready"].clone();
+    bench.api.history.lock().clear();
+    bench.put("p", &one(&json!({"image": "other"})), &json!({"generation": 2}));
+    bench.until("restarted", |b| b.api.status("p")["containerStatuses"][0]["restartCount"] == 1).await;
+    assert_eq!(ready(&bench), true);
+    for patch in bench.api.history.lock().iter() {
+        let told = &patch["status"]["containerStatuses"][0]["ready"];
+        assert!(told.is_null() || told == true, "{patch}");
+    }
 }

@@ -131,7 +131,7 @@ impl Worker {
             Ok(()) => {
                 self.stage = Stage::Ended;
                 self.volumes = None;
-                self.node.admitted.lock().remove(&self.uid);
+                self.leave();
                 if let Some(watches) = &self.node.watches {
                     watches.unregister(&self.uid);
                 }

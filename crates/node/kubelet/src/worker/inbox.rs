@@ -52,6 +52,8 @@ pub enum StatusError {
 #[derive(Default)]
 pub struct News {
     pub pod: Option<Arc<Pod>>,
+    /// What the API shows of a static pod, if anything.
+    pub mirror: Option<Option<Arc<Pod>>>,
     pub is_gone: bool,
     pub look: bool,
     pub refresh: bool,
@@ -76,6 +78,11 @@ impl Inbox {
     /// The pod as the API has it now.
     pub fn pod(&self, pod: Arc<Pod>) {
         self.tell(|n| n.pod = Some(pod));
+    }
+
+    /// What the API shows of this static pod.
+    pub fn mirror(&self, mirror: Option<Arc<Pod>>) {
+        self.tell(|n| n.mirror = Some(mirror));
     }
 
     /// The pod is no longer in the API.

@@ -10,13 +10,20 @@ use k8s_openapi::api::core::v1::{
 use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use sampan_drivers::runtime::Container;
+use sampan_world::clock;
+use tokio::time::Instant;
 
 use super::inbox::StatusError;
 use super::{Done, Op, Stage, Worker, version};
 use crate::container_status;
-use crate::plan::Probe;
+use crate::plan::{Probe, is_exited};
 use crate::recorder::Kind;
 use crate::status;
+
+/// How long a container may take to be replaced before that is told.
+const REPLACEMENT: Duration = Duration::from_secs(1);
+/// How long the first look at a pod's images may take before it is told that the pod waits.
+const FIRST_LOOK: Duration = Duration::from_millis(300);
 
 impl Worker {
     /// The last status of the container of that name.
@@ -108,14 +115,12 @@ impl Worker {
     }
 
     pub(super) fn report(&mut self) {
-        let was_refused =
-            self.verdict.is_some() && self.sandbox.is_none() && self.records.all().next().is_none();
         let is_over = |s: &PodStatus| matches!(s.phase.as_deref(), Some("Succeeded" | "Failed"));
         let api_over = self.pod.status.as_ref().is_some_and(is_over);
         // what ended before this agent started, and what is deleted already, keeps the status it has
         if !(self.is_gone || api_over && self.records.all().next().is_none()) {
             let mut made = self.make_status();
-            if was_refused {
+            if self.is_refused {
                 made = self.refused(made);
             }
             self.status = made;
@@ -131,12 +136,13 @@ impl Worker {
         self.write_status();
     }
 
-    /// A pod that was never let in says only why.
+    /// A pod that was never let in says only why, and at once: there is no container to wait for.
     fn refused(&self, made: PodStatus) -> PodStatus {
+        let (reason, message) = self.verdict.clone().unzip();
         PodStatus {
-            phase: made.phase,
-            reason: made.reason,
-            message: made.message,
+            phase: Some("Failed".into()),
+            reason,
+            message,
             conditions: self.pod.status.as_ref().and_then(|s| s.conditions.clone()),
             qos_class: made.qos_class,
             start_time: made.start_time,
@@ -153,11 +159,16 @@ impl Worker {
             self.retry_status.at.into_iter().for_each(|at| self.wake(at));
             return;
         }
-        let Some(patch) = status::patch(&self.uid, &self.written, &self.status) else {
+        if let Some(until) = self.passing_until() {
+            self.wake(until);
+            return;
+        }
+        let Some(pod) = self.shown().cloned() else { return };
+        let Some(patch) = status::patch(&pod.uid().unwrap_or_default(), &self.written, &self.status) else {
             self.written = self.status.clone();
             return;
         };
-        let (node, pod, sent) = (self.node.clone(), self.pod.clone(), self.status.clone());
+        let (node, sent) = (self.node.clone(), self.status.clone());
         self.spawn(Op::Status, async move {
             let _permit = node.writes.acquire().await;
             let api: Api<Pod> = Api::namespaced(node.client.clone(), &pod.namespace().unwrap_or_default());
@@ -172,13 +183,54 @@ impl Worker {
         });
     }
 
+    /// The pod in the API that this status belongs to: for a static pod its mirror.
+    fn shown(&self) -> Option<&Arc<Pod>> {
+        if self.is_static { self.mirror.as_ref() } else { Some(&self.pod) }
+    }
+
+    pub(super) fn take_mirror(&mut self, mirror: Option<Arc<Pod>>) {
+        let uid = |pod: &Option<Arc<Pod>>| pod.as_ref().and_then(|p| p.uid());
+        let is_another = uid(&mirror) != uid(&self.mirror);
+        let seen = mirror.as_ref().map_or(0, |m| version(m));
+        // as with any pod: what is newer than our own last write counts
+        if is_another || seen > self.written_version && !self.ops.contains(&Op::Status) {
+            self.written = mirror.as_ref().and_then(|m| m.status.clone()).unwrap_or_default();
+            self.written_version = seen;
+        }
+        self.mirror = mirror;
+    }
+
+    /// While a status is about to pass it is not written: a container that is stopped only to run anew, and a pod that
+    /// waits for the first look at its images. Upstream does not see either, as it looks once a second.
+    fn passing_until(&self) -> Option<Instant> {
+        if self.stage != Stage::Running {
+            return None;
+        }
+        let now = clock::monotonic();
+        if self.records.all().next().is_none() {
+            let is_looking = self.ops.iter().any(|op| matches!(op, Op::Image(_)));
+            return Some(self.began + FIRST_LOOK).filter(|until| is_looking && *until > now);
+        }
+        let newest = self.restarting.iter().filter_map(|id| self.records.get(id)).filter(|record| {
+            is_exited(record)
+                && self.records.newest(&record.name).is_some_and(|newest| newest.id == record.id)
+                && !self.waiting.contains_key(&record.name)
+        });
+        let left = newest.filter_map(|record| {
+            let age = Duration::try_from(clock::now().duration_since(record.finished_at?)).ok()?;
+            REPLACEMENT.checked_sub(age)
+        });
+        left.max().map(|left| now + left)
+    }
+
     pub(super) fn status_written(&mut self, sent: PodStatus, result: Result<u64, StatusError>) {
         self.ops.remove(&Op::Status);
         match result {
             Ok(own) => {
-                let seen = version(&self.pod);
+                let seen = self.shown().map_or(0, |pod| version(pod));
                 // somebody else may have written after us, seen while ours was under way
-                self.written = if seen > own { self.pod.status.clone().unwrap_or_default() } else { sent };
+                let theirs = self.shown().filter(|_| seen > own).and_then(|pod| pod.status.clone());
+                self.written = theirs.unwrap_or(sent);
                 self.written_version = self.written_version.max(own).max(seen);
                 self.retry_status = super::Retry::default();
             }

@@ -404,6 +404,7 @@ impl Worker {
             let message = format!("Pod was rejected: {}", waiting.message);
             self.node.recorder.pod(&self.pod, WARNING, "ImagePlatform", waiting.message.clone());
             self.verdict = Some(("ImagePlatform".to_string(), message));
+            self.is_refused = true;
         }
     }
 }

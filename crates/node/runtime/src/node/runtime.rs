@@ -111,6 +111,18 @@ impl Runtime for Node {
         stats.await.map_err(|e| failed(e.to_string()))
     }
 
+    async fn writable_layer_bytes(&self, id: &str) -> Result<u64, RuntimeError> {
+        let record = self.container(id)?;
+        let upper = self.container_folder(&record.sandbox_id, id).join("upper");
+        tokio::task::spawn_blocking(move || disk_bytes(&upper)).await.map_err(|e| failed(e.to_string()))
+    }
+
+    async fn limit_group(&self, group: &str, resources: &Resources) -> Result<(), RuntimeError> {
+        let cgroups = &self.inner.cgroups;
+        cgroups.create(group).map_err(io_failed(format!("making cgroup {group}")))?;
+        cgroups.limit_pods(group, resources).map_err(io_failed(format!("limiting cgroup {group}")))
+    }
+
     async fn exec_sync(
         &self,
         id: &str,

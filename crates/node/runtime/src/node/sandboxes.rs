@@ -34,6 +34,7 @@ impl Node {
         let (cgroups, shims) = (&self.inner.cgroups, "shims");
         cgroups.create(shims).map_err(making("cgroup"))?;
         cgroups.create(&config.cgroup_parent).map_err(making("cgroup"))?;
+        cgroups.limit_pods(&config.cgroup_parent, &config.resources).map_err(making("cgroup"))?;
         let host_ipc = config.ipc == NamespaceMode::Node;
         let spec = ShimSpec {
             hostname: config.hostname.clone(),

@@ -103,6 +103,8 @@ pub fn become_program(
     }
     sys::close_on_exec_from(3);
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    // ours alone, but inherited
+    let _ = rustix::thread::disable_transparent_huge_pages(false);
     drop_privileges(spec, prepared, user)?;
     sys::default_signals();
     let program = look_up(spec, &env)?;
