@@ -32,14 +32,7 @@ pub const PARTIAL: &[(&str, &str)] = &[
     ),
     ("autoscaling/v1 HorizontalPodAutoscaler", "nothing of its own: writes are checked as v2"),
     ("batch/v1 CronJob", "whether the time zone exists"),
-    (
-        "certificates.k8s.io/v1 CertificateSigningRequest",
-        "the request's signature, the certificate's content",
-    ),
-    (
-        "events.k8s.io/v1 Event",
-        "its stricter rules at the API server, which checks writes as the core group's",
-    ),
+    ("certificates.k8s.io/v1 CertificateSigningRequest", "the certificate's content"),
     (
         "flowcontrol.apiserver.k8s.io/v1 FlowSchema",
         "checks inside rules, the mandatory objects' fixed values",

@@ -96,14 +96,18 @@ impl FieldError {
         self.detail = detail.into();
         self
     }
-    /// `supported` is sorted and quoted as upstream does.
+    /// `supported` is sorted and quoted as upstream does where it has a set.
     pub fn not_supported(path: &Path, value: impl Into<Value>, supported: &[&str]) -> Self {
         let mut sorted = supported.to_vec();
         sorted.sort_unstable();
-        let detail = match sorted.is_empty() {
+        Self::not_supported_as_listed(path, value, &sorted)
+    }
+    /// In the given order, for the places where upstream has a list.
+    pub fn not_supported_as_listed(path: &Path, value: impl Into<Value>, supported: &[&str]) -> Self {
+        let detail = match supported.is_empty() {
             true => String::new(),
             false => {
-                let quoted: Vec<String> = sorted.iter().map(|s| go_quote(s)).collect();
+                let quoted: Vec<String> = supported.iter().map(|s| go_quote(s)).collect();
                 format!("supported values: {}", quoted.join(", "))
             }
         };
@@ -203,7 +207,7 @@ impl Path {
 
 impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_empty() { "<nil>" } else { &self.0 })
+        f.write_str(if self.0.is_empty() { "[]" } else { &self.0 })
     }
 }
 

@@ -194,7 +194,8 @@ fn validate_owner_references(object: &Value, path: &Path, errors: &mut ErrorList
     for reference in references {
         let api_version = text(reference, "/apiVersion");
         let version = api_version.rsplit('/').next().unwrap_or_default();
-        if version.is_empty() {
+        // What has two slashes is no version at all to upstream's parser.
+        if version.is_empty() || api_version.matches('/').count() > 1 {
             errors.push(FieldError::invalid(
                 &path.child("apiVersion"),
                 api_version,

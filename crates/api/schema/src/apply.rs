@@ -18,6 +18,7 @@ mod merge;
 mod owners;
 mod place;
 mod prune;
+mod reset;
 mod scalar;
 mod set;
 mod validate;
@@ -32,6 +33,7 @@ use serde_json::{Map, Value};
 pub use conflict::Conflict;
 pub use last_applied::ANNOTATION as LAST_APPLIED_ANNOTATION;
 pub use owners::{BEFORE_FIRST_APPLY_MANAGER, MAX_UPDATE_ENTRIES, OLD_UPDATES_MANAGER, Operation};
+pub use reset::Reset;
 pub use set::{FieldSet, PathElement, show_path};
 
 use crate::types::Type;
@@ -53,7 +55,7 @@ pub struct Writer<'a> {
     pub now: Timestamp,
     /// What the resource's strategy puts back whatever a client sends: `status` for most objects themselves.
     /// Nobody owns these through this writer.
-    pub reset: &'a FieldSet,
+    pub reset: &'a Reset,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -164,7 +166,7 @@ fn changes(
     let mut changes = compare::compare(place, live, new)?;
     for set in [&mut changes.touched, &mut changes.removed] {
         set.subtract(&NEVER_OWNED);
-        set.subtract_recursive(writer.reset);
+        writer.reset.apply(set);
     }
     Ok(changes)
 }
@@ -233,7 +235,7 @@ fn merge_owned(
 
     let mut applier = Entry::new(writer.manager, Operation::Apply, writer.api_version, writer.subresource);
     applier.set = extract::fields_of(place, config);
-    applier.set.subtract_recursive(writer.reset);
+    writer.reset.apply(&mut applier.set);
     applier.set.subtract(&NEVER_OWNED);
     let former = owners.find(&applier).cloned();
     if let Some(former) = &former {

@@ -39,8 +39,8 @@ pub enum TypeError {
     Root { found: String, expected: String },
     #[error("{0}")]
     Quantity(#[from] quantity::QuantityError),
-    #[error("parsing time {0:?} as \"2006-01-02T15:04:05Z07:00\": cannot parse {0:?} as a time")]
-    Time(String),
+    #[error("parsing time {text:?} as \"2006-01-02T15:04:05Z07:00\"{why}")]
+    Time { text: String, why: String },
     #[error("illegal base64 data at input byte {0}")]
     Base64(usize),
     #[error("exceeded max depth")]
@@ -332,6 +332,12 @@ fn go_name(element: &Element) -> String {
     }
 }
 
+impl TypeError {
+    pub(crate) fn time(text: &str) -> Self {
+        Self::Time { text: text.to_owned(), why: time::why_not(text) }
+    }
+}
+
 fn found(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
@@ -356,7 +362,8 @@ fn bytes(text: &mut String) -> Result<(), TypeError> {
         Err(base64::DecodeError::InvalidByte(at, _) | base64::DecodeError::InvalidLastSymbol(at, _)) => {
             Err(TypeError::Base64(at))
         }
-        Err(_) => Err(TypeError::Base64(text.len())),
+        // Go names the beginning of the group that is too short.
+        Err(_) => Err(TypeError::Base64(text.len() / 4 * 4)),
     }
 }
 
@@ -364,7 +371,7 @@ fn canonical_time(text: &mut String, micro: bool) -> Result<(), TypeError> {
     let parsed = time::parse(text);
     let canonical =
         parsed.and_then(|at| if micro { time::format_micros(at) } else { time::format_seconds(at) });
-    *text = canonical.ok_or_else(|| TypeError::Time(text.clone()))?;
+    *text = canonical.ok_or_else(|| TypeError::time(text))?;
     Ok(())
 }
 

@@ -6,7 +6,9 @@
 //! what is noted comes in document order, with upstream's paths and words, at most 100 notes. Nesting is
 //! bounded by the parsers (128 levels; Go allows 10000, which no real object needs).
 //! Field names are case-sensitive. Contents of RawExtension and FieldsV1 are taken as they are.
-//! Deliberate difference: for YAML, duplicates are noted by path as in JSON, without a line number.
+//! YAML is read as upstream reads it: its first document, merge keys followed, whole floats made integers, and unknown
+//! fields in the order of their names. Deliberate difference: the lines of duplicates are found by indentation; where
+//! that fails they are noted by path as in JSON.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -15,6 +17,9 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess
 use serde_json::{Map, Number, Value};
 
 use crate::types::{Element, Shape, Type};
+
+mod unicode;
+mod yaml;
 
 const NOTES_MAX: usize = 100;
 
@@ -25,6 +30,8 @@ pub enum StrictError {
     Unknown(String),
     #[error("duplicate field {0:?}")]
     Duplicate(String),
+    #[error("line {line}: key {key:?} already set in map")]
+    YamlDuplicate { line: usize, key: String },
 }
 
 #[derive(Debug)]
@@ -55,6 +62,17 @@ pub enum DecodeError {
 
 /// Reads one JSON document. Without a type nothing counts as unknown, duplicates still do.
 pub fn json(bytes: &[u8], ty: Option<&Type>) -> Result<Decoded, DecodeError> {
+    match read_json(bytes, ty) {
+        Ok(decoded) => Ok(decoded),
+        // Go puts U+FFFD in the place of what is no character.
+        Err(error) => match unicode::repaired(bytes) {
+            Some(repaired) => read_json(repaired.as_bytes(), ty),
+            None => Err(error),
+        },
+    }
+}
+
+fn read_json(bytes: &[u8], ty: Option<&Type>) -> Result<Decoded, DecodeError> {
     let notes = RefCell::new(Vec::new());
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value = seed(ty, &notes).deserialize(&mut reader).and_then(|value| reader.end().map(|()| value));
@@ -64,14 +82,23 @@ pub fn json(bytes: &[u8], ty: Option<&Type>) -> Result<Decoded, DecodeError> {
     }
 }
 
-/// Reads one YAML document (which JSON is, too).
+/// Reads the first document of YAML (which JSON is, too).
 pub fn yaml(bytes: &[u8], ty: Option<&Type>) -> Result<Decoded, DecodeError> {
-    let notes = RefCell::new(Vec::new());
-    let reader = serde_yaml_ng::Deserializer::from_slice(bytes);
-    match seed(ty, &notes).deserialize(reader) {
-        Ok(value) => Ok(Decoded { value, strict: notes.into_inner() }),
-        Err(error) => Err(DecodeError::Yaml(error.to_string())),
+    let doubles = RefCell::new(Vec::new());
+    let Some(document) = serde_yaml_ng::Deserializer::from_slice(bytes).next() else {
+        return Ok(Decoded { value: Value::Null, strict: Vec::new() });
+    };
+    let mut value = seed(None, &doubles)
+        .deserialize(document)
+        .map_err(|error| DecodeError::Yaml(yaml::go_error(&error.to_string())))?;
+    yaml::as_go_reads(&mut value);
+    let mut strict = yaml::with_lines(bytes, doubles.into_inner());
+    if ty.is_some() && value.is_object() {
+        let notes = RefCell::new(Vec::new());
+        value = seed(ty, &notes).deserialize(value).map_err(|error| DecodeError::Json(error.to_string()))?;
+        strict.extend(notes.into_inner());
     }
+    Ok(Decoded { value, strict })
 }
 
 type Notes = RefCell<Vec<StrictError>>;
@@ -243,25 +270,26 @@ impl<'de> Visitor<'de> for Node<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
-        // Unknown fields aren't kept, but a second one of the same name still counts as duplicate.
-        let mut skipped: Vec<String> = Vec::new();
         while let Some(key) = entries.next_key_seed(Key)? {
             let path = Path { parent: Some(self.path), step: Step::Key(&key) };
             let opaque = matches!(self.expect, Expect::Opaque);
-            if !opaque && (map.contains_key(&key) || skipped.contains(&key)) {
+            if !opaque && map.contains_key(&key) {
                 self.note(StrictError::Duplicate(path.to_string()));
             }
             match self.expect.under(&key) {
                 Some(expect) => {
                     let value = entries.next_value_seed(Node { expect, path: &path, notes: self.notes })?;
-                    map.insert(key, value);
+                    match map.get_mut(&key) {
+                        // Go reads a second object into the first one.
+                        Some(present) if !matches!(expect, Expect::Untyped | Expect::Opaque) => {
+                            merge(present, value);
+                        }
+                        _ => drop(map.insert(key, value)),
+                    }
                 }
                 None => {
                     self.note(StrictError::Unknown(path.to_string()));
                     entries.next_value::<IgnoredAny>()?;
-                    if skipped.len() < NOTES_MAX {
-                        skipped.push(key);
-                    }
                 }
             }
         }
@@ -270,6 +298,22 @@ impl<'de> Visitor<'de> for Node<'_> {
 
     fn visit_enum<A: serde::de::EnumAccess<'de>>(self, _: A) -> Result<Value, A::Error> {
         Err(A::Error::custom("tags are not supported"))
+    }
+}
+
+fn merge(present: &mut Value, value: Value) {
+    match (present, value) {
+        (Value::Object(fields), Value::Object(more)) => {
+            for (key, value) in more {
+                match fields.get_mut(&key) {
+                    Some(field) => merge(field, value),
+                    None => drop(fields.insert(key, value)),
+                }
+            }
+        }
+        // Go passes over null.
+        (Value::Object(_), Value::Null) => {}
+        (present, value) => *present = value,
     }
 }
 
@@ -322,10 +366,12 @@ fn go_syntax_error(bytes: &[u8], error: &serde_json::Error) -> String {
         }
     };
     let at = line_start + error.column().saturating_sub(1);
-    let offender = match std::str::from_utf8(&bytes[at.min(bytes.len())..]) {
-        Ok(rest) => rest.chars().next(),
-        Err(_) => bytes.get(at).map(|byte| char::from(*byte)),
+    // Go looks at bytes.
+    let offender = match text.starts_with("control character") {
+        true => bytes[..bytes.len().min(at + 1)].iter().rev().find(|byte| **byte < b' '),
+        false => bytes.get(at),
     };
+    let offender = offender.map(|byte| char::from(*byte));
     let place = [
         ("expected value", "looking for beginning of value"),
         ("key must be a string", "looking for beginning of object key string"),
@@ -366,7 +412,7 @@ mod tests {
             decoded.strict_message().unwrap(),
             concat!(
                 r#"strict decoding error: unknown field "metadata.unknownMeta", duplicate field "metadata.labels.a", "#,
-                r#"unknown field "spec.unknown1", unknown field "spec.unknownDupe", duplicate field "spec.unknownDupe", "#,
+                r#"unknown field "spec.unknown1", unknown field "spec.unknownDupe", "#,
                 r#"duplicate field "spec.paused", "#,
                 r#"duplicate field "spec.template.spec.containers[0].imagePullPolicy", "#,
                 r#"unknown field "spec.template.spec.containers[0].unknownNested", "#,

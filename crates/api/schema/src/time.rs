@@ -78,6 +78,47 @@ fn civil(instant: Instant) -> Option<jiff::civil::DateTime> {
     (0..=9999).contains(&civil.year()).then_some(civil)
 }
 
+/// What Go's time.Parse says of a text that is no RFC 3339 time, after the layout.
+pub fn why_not(text: &str) -> String {
+    const ELEMENTS: [(&str, usize); 12] = [
+        ("2006", 4),
+        ("-", 0),
+        ("01", 2),
+        ("-", 0),
+        ("02", 2),
+        ("T", 0),
+        ("15", 2),
+        (":", 0),
+        ("04", 2),
+        (":", 0),
+        ("05", 2),
+        ("Z07:00", 6),
+    ];
+    let mut rest = text;
+    for (element, digits) in ELEMENTS {
+        let fits = match (element, digits) {
+            ("Z07:00", _) => {
+                let zone = rest.as_bytes();
+                let offset = zone.len() >= 6 && matches!(zone[0], b'+' | b'-') && zone[3] == b':';
+                if offset { Some(6) } else { rest.starts_with('Z').then_some(1) }
+            }
+            (literal, 0) => rest.starts_with(literal).then_some(literal.len()),
+            (_, digits) => {
+                let all = rest.len() >= digits && rest.bytes().take(digits).all(|byte| byte.is_ascii_digit());
+                all.then_some(digits)
+            }
+        };
+        let Some(length) = fits else { return format!(": cannot parse {rest:?} as {element:?}") };
+        rest = &rest[length..];
+        if element == "05"
+            && let Some(fraction) = rest.strip_prefix(['.', ','])
+        {
+            rest = fraction.trim_start_matches(|c: char| c.is_ascii_digit());
+        }
+    }
+    if rest.is_empty() { ": day out of range".into() } else { format!(": extra text: {rest:?}") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -102,6 +143,20 @@ mod tests {
             "2024-01-01 00:00:00Z",
         ] {
             assert_eq!(parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_go_says_of_no_time() {
+        let cases = [
+            ("", ": cannot parse \"\" as \"2006\""),
+            ("yesterday", ": cannot parse \"yesterday\" as \"2006\""),
+            ("2020-01-01", ": cannot parse \"\" as \"T\""),
+            ("2020-01-01T00:00:00", ": cannot parse \"\" as \"Z07:00\""),
+            ("2020-01-01T00:00:00Zx", ": extra text: \"x\""),
+        ];
+        for (text, want) in cases {
+            assert_eq!(why_not(text), want, "{text}");
         }
     }
 }

@@ -35,9 +35,36 @@ pub async fn run(server: &Arc<Server>) -> Result<()> {
             "value": value, "description": what});
         ensure(server, "/apis/scheduling.k8s.io/v1/priorityclasses", name, &class).await?;
     }
+    service_cidr(server).await?;
     kubernetes_service(server).await?;
     server.bootstrapped.get_or_init(|| ());
     Ok(())
+}
+
+/// The range that services' addresses are given from, as an object (upstream's
+/// pkg/controlplane/controller/defaultservicecidr).
+async fn service_cidr(server: &Arc<Server>) -> Result<()> {
+    const PATH: &str = "/apis/networking.k8s.io/v1/servicecidrs";
+    let cidrs = server.config.service_cidrs.iter();
+    let cidrs: Vec<String> = cidrs.map(|cidr| format!("{}/{}", cidr.address, cidr.prefix)).collect();
+    if cidrs.is_empty() {
+        return Ok(());
+    }
+    let object = json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
+        "metadata": {"name": "kubernetes"}, "spec": {"cidrs": cidrs}});
+    ensure(server, PATH, "kubernetes", &object).await?;
+    let path = format!("{PATH}/kubernetes");
+    let (_, mut stored) = call(server, Method::GET, &path, None).await?;
+    if stored.pointer("/status/conditions").and_then(Value::as_array).is_some_and(|c| !c.is_empty()) {
+        return Ok(());
+    }
+    stored["status"] = json!({"conditions": [{"type": "Ready", "status": "True", "reason": "",
+        "message": "Kubernetes default Service CIDR is ready",
+        "lastTransitionTime": sampan_world::clock::now_seconds().to_string()}]});
+    match call(server, Method::PUT, &format!("{path}/status"), Some(&stored)).await? {
+        (200, _) => Ok(()),
+        (_, body) => Err(failed(PATH, "kubernetes", &body)),
+    }
 }
 
 /// The service that leads to this server, and where it leads.

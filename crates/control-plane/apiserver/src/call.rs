@@ -125,8 +125,14 @@ impl Call {
         let parsed = FieldSelector::parse(self.query.get("fieldSelector"))?;
         let known = (self.resource.storage.rules.selectable)(&Value::Null);
         let mut terms = Vec::with_capacity(parsed.terms().len());
+        let served = (self.resource.rules.selectable)(&Value::Null);
         for term in parsed.terms() {
             let mut term = term.clone();
+            let own =
+                term.field.starts_with("metadata.") || served.iter().any(|(name, _)| *name == term.field);
+            if self.resource.convert.is_some() && !own && !served.is_empty() {
+                return Err(Status::bad_request(self.unknown_field(&term.field, false)));
+            }
             if self.resource.convert.is_some() {
                 term.field = term.field.replace("regarding.", "involvedObject.");
                 term.field = term.field.replace("reportingController", "reportingComponent");
@@ -134,16 +140,28 @@ impl Call {
             let field = term.field.as_str();
             let namespace = field == "metadata.namespace" && (self.resource.namespaced || known.is_empty());
             if field != "metadata.name" && !namespace && !known.iter().any(|(name, _)| *name == field) {
-                return Err(Status::bad_request(match known.is_empty() {
-                    true => format!(
-                        "{field:?} is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
-                    ),
-                    false => format!("field label not supported: {field}"),
-                }));
+                return Err(Status::bad_request(self.unknown_field(field, known.is_empty())));
             }
             terms.push(term);
         }
         Ok(terms.into_iter().collect())
+    }
+
+    /// What is said of a field that can't be selected on; upstream says it in three ways.
+    fn unknown_field(&self, field: &str, plain: bool) -> String {
+        let resource = &self.resource;
+        match (resource.group.as_str(), resource.name.as_str()) {
+            _ if plain => format!(
+                "{field:?} is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
+            ),
+            ("batch", "jobs") => format!("field label {field:?} not supported for Job"),
+            ("resource.k8s.io", _) => format!(
+                "field label not supported for {}, Kind={}: {field}",
+                resource.api_version(),
+                resource.kind
+            ),
+            _ => format!("field label not supported: {field}"),
+        }
     }
 
     /// The options of a create, update or patch; `kind` names them in errors.
@@ -173,7 +191,7 @@ impl Call {
 
 /// `dryRun=All`, from the query.
 pub fn dry_run(query: &Query, errors: &mut ErrorList) -> bool {
-    let values: Vec<&str> = query.all("dryRun").filter(|value| !value.is_empty()).collect();
+    let values: Vec<&str> = query.all("dryRun").collect();
     if values.iter().any(|value| *value != "All") {
         let list = Value::from(values.clone());
         errors.push(FieldError::not_supported(&Path::new("dryRun"), list, &["All"]));

@@ -4,7 +4,7 @@
 //! decoding errors).
 use bytes::Bytes;
 use sampan_schema::{Type, decode, proto};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::call::{Call, FieldValidation};
 use crate::negotiate::{self, Format};
@@ -62,15 +62,22 @@ pub fn read(call: &Call, body: &[u8], expected: &Expected<'_>, validation: Field
     Ok(value)
 }
 
+/// What the reader of kind and version takes a body for.
+const TYPE_META: &str = "struct { APIVersion string \"json:\\\"apiVersion,omitempty\\\"\"; \
+     Kind string \"json:\\\"kind,omitempty\\\"\" }";
+
 /// Reads bytes of that format; what a strict reader would object to comes along.
 pub fn parse(body: &[u8], expected: &Expected<'_>, format: Format) -> Result<(Value, Vec<String>)> {
     let unrecognized = |why: String| {
-        let summary = summary(body);
-        let kind = expected.kind;
+        if expected.kind == DELETE_OPTIONS {
+            return Status::bad_request(why);
+        }
+        let (kind, summary) = (expected.kind, summary(body));
         Status::bad_request(format!(
             "the object provided is unrecognized (must be of type {kind}): {why} ({summary})"
         ))
     };
+    let no_kind = |why: String| unrecognized(format!("couldn't get version/kind; json parse error: {why}"));
     let (mut value, mut strict) = match format {
         Format::Json | Format::Yaml => {
             let decoded = match format {
@@ -83,7 +90,8 @@ pub fn parse(body: &[u8], expected: &Expected<'_>, format: Format) -> Result<(Va
                 {
                     cannot_be_handled(expected, &Value::Null, e.to_string())
                 }
-                _ => unrecognized(format!("couldn't get version/kind; json parse error: {e}")),
+                decode::DecodeError::Json(_) => no_kind(e.to_string()),
+                _ => unrecognized(e.to_string()),
             })?;
             let strict = decoded.strict.iter().map(ToString::to_string).collect();
             (decoded.value, strict)
@@ -95,9 +103,23 @@ pub fn parse(body: &[u8], expected: &Expected<'_>, format: Format) -> Result<(Va
             (value, Vec::new())
         }
     };
+    if value.is_null() {
+        value = Value::Object(Map::new());
+    }
     if !value.is_object() {
-        let why = "couldn't get version/kind; json parse error: the body is not a JSON object".to_string();
-        return Err(unrecognized(why));
+        return Err(no_kind(cannot_unmarshal(&value, TYPE_META)));
+    }
+    for (field, name) in [("apiVersion", "apiVersion"), ("kind", "kind")] {
+        if value.get(field).is_some_and(|value| !value.is_string() && !value.is_null()) {
+            let what = json_kind(&value[field]);
+            return Err(no_kind(format!(
+                "json: cannot unmarshal {what} into Go struct field .{name} of type string"
+            )));
+        }
+    }
+    let version = value.get("apiVersion").and_then(Value::as_str).unwrap_or("");
+    if version.matches('/').count() > 1 {
+        return Err(unrecognized(format!("unexpected GroupVersion string: {version}")));
     }
     check_kind(&mut value, expected)?;
     let conformed = sampan_schema::conform::conform(expected.ty, &mut value)
@@ -105,6 +127,23 @@ pub fn parse(body: &[u8], expected: &Expected<'_>, format: Format) -> Result<(Va
     strict.extend(conformed.unknown.iter().map(|path| format!("unknown field {path:?}")));
     strict.dedup();
     Ok((value, strict))
+}
+
+/// What Go's reader calls a value.
+fn json_kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "bool",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
+/// What Go says of JSON that isn't what it should be.
+pub fn cannot_unmarshal(value: &Value, wanted: &str) -> String {
+    format!("json: cannot unmarshal {} into Go value of type {wanted}", json_kind(value))
 }
 
 /// Fails, warns or passes over what a strict reader objects to.
@@ -116,7 +155,12 @@ pub fn note_strict(
 ) -> Result<()> {
     match validation {
         FieldValidation::Strict if !strict.is_empty() => {
-            Err(fail(format!("strict decoding error: {}", strict.join(", "))))
+            let of_yaml = |text: &String| text.starts_with("line ") && text.ends_with("already set in map");
+            let (lines, mut others): (Vec<String>, Vec<String>) = strict.into_iter().partition(of_yaml);
+            if !lines.is_empty() {
+                others.insert(0, format!("yaml: unmarshal errors:\n  {}", lines.join("\n  ")));
+            }
+            Err(fail(format!("strict decoding error: {}", others.join(", "))))
         }
         FieldValidation::Warn => {
             strict.into_iter().for_each(|warning| call.warn(warning));
@@ -126,48 +170,75 @@ pub fn note_strict(
     }
 }
 
+const DELETE_OPTIONS: &str = "DeleteOptions";
+const SCHEME: &str = "pkg/api/legacyscheme/scheme.go:30";
+const META_SCHEME: &str = "pkg/apis/meta/internalversion/scheme/register.go:27";
+
 fn cannot_be_handled(expected: &Expected<'_>, value: &Value, why: String) -> Status {
+    if expected.kind == DELETE_OPTIONS {
+        return Status::bad_request(why);
+    }
     let kind = value.get("kind").and_then(Value::as_str).unwrap_or(expected.kind);
+    let stated = value.get("apiVersion").and_then(Value::as_str).filter(|version| !version.is_empty());
+    let version = stated.map_or(expected.version, |version| version.rsplit('/').next().unwrap_or(version));
     Status::bad_request(format!(
-        "{kind} in version {:?} cannot be handled as a {}: {why}",
-        expected.version, expected.kind
+        "{kind} in version {version:?} cannot be handled as a {}: {why}",
+        expected.kind
     ))
+}
+
+fn not_registered(api_version: &str, kind: &str, scheme: &str) -> String {
+    format!("no kind {kind:?} is registered for version {api_version:?} in scheme {scheme:?}")
+}
+
+/// Why an object of that version and kind is not one of the wanted kind.
+pub fn wrong_kind(version: &str, kind: &str, wanted_group: &str, wanted_kind: &str) -> String {
+    let (group, short) = version.split_once('/').unwrap_or(("", version));
+    match type_of(group, short, kind) {
+        Some(_) => {
+            let package = package(wanted_group);
+            format!("converting ({short}.{kind}) to ({package}.{wanted_kind}): unknown conversion")
+        }
+        None => not_registered(version, kind, SCHEME),
+    }
 }
 
 fn check_kind(value: &mut Value, expected: &Expected<'_>) -> Result<()> {
     let text = |field: &str| value.get(field).and_then(Value::as_str).unwrap_or("").to_string();
-    let (version, kind) = (text("apiVersion"), text("kind"));
     let wanted = expected.api_version();
-    if !kind.is_empty() && kind != expected.kind {
-        let (group, version) = version.split_once('/').unwrap_or(("", &version));
-        let known = type_of(group, version, &kind).is_some();
-        return Err(match known {
-            true => cannot_be_handled(expected, value, {
-                let (group, wanted_group) = (group_text(group), group_text(expected.group));
-                format!(
-                    "converting ({group}.{kind}) to ({wanted_group}.{}): unknown conversion",
-                    expected.kind
-                )
-            }),
-            false => Status::bad_request(format!(
-                "no kind {kind:?} is registered for version {:?} in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
-                api_version(group, version)
-            )),
-        });
-    }
+    let (version, kind) = (text("apiVersion"), text("kind"));
     // DeleteOptions are a kind of every group and version; clients send them as of their resource's.
-    if !version.is_empty() && version != wanted && kind != "DeleteOptions" {
-        return Err(Status::bad_request(format!(
-            "the API version in the data ({version}) does not match the expected API version ({wanted})"
-        )));
+    if expected.kind == DELETE_OPTIONS {
+        if !kind.is_empty() && kind != DELETE_OPTIONS {
+            let version = if version.is_empty() { "meta.k8s.io/v1" } else { &version };
+            return Err(Status::bad_request(not_registered(version, &kind, META_SCHEME)));
+        }
+    } else {
+        let version = if version.is_empty() { wanted.as_str() } else { &version };
+        let kind = if kind.is_empty() { expected.kind } else { &kind };
+        if kind != expected.kind || (version != wanted && !is_known(version, kind)) {
+            let why = wrong_kind(version, kind, expected.group, expected.kind);
+            return Err(cannot_be_handled(expected, value, why));
+        }
+        if version != wanted {
+            return Err(Status::bad_request(format!(
+                "the API version in the data ({version}) does not match the expected API version ({wanted})"
+            )));
+        }
     }
     value["apiVersion"] = wanted.into();
     value["kind"] = expected.kind.into();
     Ok(())
 }
 
-fn group_text(group: &str) -> &str {
-    if group.is_empty() { "core" } else { group }
+fn is_known(api_version: &str, kind: &str) -> bool {
+    let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+    type_of(group, version, kind).is_some()
+}
+
+/// Upstream's package of a group's internal types.
+pub fn package(group: &str) -> &str {
+    if group.is_empty() { "core" } else { group.split('.').next().unwrap_or(group) }
 }
 
 /// The beginning of a body, as upstream shows it in errors.
@@ -175,8 +246,8 @@ fn summary(body: &[u8]) -> String {
     const LENGTH: usize = 30;
     match body {
         [] => "<empty>".to_string(),
-        [b'{', ..] if body.len() > LENGTH => format!("{:?} ...", String::from_utf8_lossy(&body[..LENGTH])),
-        [b'{', ..] => format!("{:?}", String::from_utf8_lossy(body)),
+        [b'{', ..] if body.len() > LENGTH => format!("{} ...", String::from_utf8_lossy(&body[..LENGTH])),
+        [b'{', ..] => String::from_utf8_lossy(body).into_owned(),
         _ => {
             let hex = body.iter().take(LENGTH).map(|byte| format!("{byte:02x}")).collect::<String>();
             if body.len() > LENGTH { format!("{hex} ...") } else { hex }

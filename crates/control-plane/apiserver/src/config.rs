@@ -93,11 +93,10 @@ impl VersionInfo {
 
 impl Default for VersionInfo {
     fn default() -> Self {
-        let version = env!("CARGO_PKG_VERSION");
         Self {
             major: "1".into(),
             minor: "36".into(),
-            git_version: format!("v1.36.2+sampan{version}"),
+            git_version: sampan_kinds::version::GIT_VERSION.into(),
             git_commit: "0000000000000000000000000000000000000000".into(),
             build_date: "1970-01-01T00:00:00Z".into(),
         }

@@ -12,6 +12,8 @@ use crate::storage::Storage;
 pub struct Conversion {
     pub to_storage: fn(Value) -> Value,
     pub from_storage: fn(Value) -> Value,
+    /// Writes through the served version are checked by its own rules, not by the stored version's.
+    pub own_rules: bool,
 }
 
 /// Where a resource's objects are stored, and how they get there.
@@ -19,11 +21,15 @@ pub fn storage_of(fact: &ResourceFact) -> (Storage, Option<Conversion>) {
     match (fact.group, fact.version, fact.name) {
         ("events.k8s.io", "v1", "events") => (
             Storage::new("", "v1", "events", "Event", true),
-            Some(Conversion { to_storage: event_to_core, from_storage: event_from_core }),
+            Some(Conversion { to_storage: event_to_core, from_storage: event_from_core, own_rules: true }),
         ),
         ("autoscaling", "v1", "horizontalpodautoscalers") => (
             Storage::new("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", true),
-            Some(Conversion { to_storage: autoscaler_to_v2, from_storage: autoscaler_from_v2 }),
+            Some(Conversion {
+                to_storage: autoscaler_to_v2,
+                from_storage: autoscaler_from_v2,
+                own_rules: false,
+            }),
         ),
         _ => (Storage::new(fact.group, fact.version, fact.name, fact.kind, fact.namespaced), None),
     }

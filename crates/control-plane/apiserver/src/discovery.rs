@@ -4,6 +4,8 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use http::request::Parts;
 use http::{HeaderValue, Response, header};
 use serde_json::{Map, Value, json};
@@ -16,7 +18,7 @@ use crate::negotiate::{self, Output};
 use crate::registry::Resource;
 use crate::reply;
 use crate::status::{Result, Status};
-use crate::storage::api_version;
+use crate::storage::{Storage, api_version};
 
 /// A group with its versions, in order of preference.
 struct Group<'a> {
@@ -128,6 +130,9 @@ fn resource_list(group: &Group<'_>, version: &str, output: Output) -> Result<Res
         if !resource.categories.is_empty() {
             entry["categories"] = resource.categories.clone().into();
         }
+        if resource.verbs.iter().any(|verb| verb == "list") && resource.name != "componentstatuses" {
+            entry["storageVersionHash"] = storage_version_hash(&resource.storage).into();
+        }
         resources.push(entry);
         for (name, sub) in &resource.subresources {
             let mut entry = json!({"name": format!("{}/{name}", resource.name), "singularName": "",
@@ -139,9 +144,20 @@ fn resource_list(group: &Group<'_>, version: &str, output: Output) -> Result<Res
             resources.push(entry);
         }
     }
-    let body = json!({"kind": "APIResourceList", "apiVersion": "v1",
-        "groupVersion": api_version(group.name, version), "resources": resources});
+    let mut body = json!({"kind": "APIResourceList", "groupVersion": api_version(group.name, version),
+        "resources": resources});
+    // As upstream: the core group's list doesn't state its own version.
+    if !group.name.is_empty() {
+        body["apiVersion"] = "v1".into();
+    }
     reply::typed_value(200, &body, codec::meta_type("APIResourceList"), output)
+}
+
+/// Upstream's StorageVersionHash: of the group, version and kind that objects are stored as.
+fn storage_version_hash(storage: &Storage) -> String {
+    let version = storage.api_version.rsplit('/').next().unwrap_or_default();
+    let hash = Sha256::digest(format!("{}/{version}/{}", storage.group, storage.kind));
+    STANDARD.encode(&hash[..8])
 }
 
 fn aggregated(group: &Group<'_>) -> Value {

@@ -24,6 +24,11 @@ use crate::status::{Result, Status};
 use crate::{Server, nonresource, reply, rest};
 
 const AUDIT_ID: HeaderName = HeaderName::from_static("audit-id");
+/// Upstream's deprecated versions of kinds among those served, and what every request for them is warned of.
+const DEPRECATED: [(&str, &str); 2] = [
+    ("componentstatuses", "v1 ComponentStatus is deprecated in v1.19+"),
+    ("endpoints", "v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice"),
+];
 /// Warnings beyond this much text are left out, as upstream does.
 const WARNINGS_BYTES_MAX: usize = 4 * 1024;
 
@@ -51,7 +56,8 @@ async fn answer(server: Arc<Server>, request: Request<Body>) -> Response<Body> {
     let query = Query::parse(parts.uri.query());
     let info = RequestInfo::parse(&parts.method, parts.uri.path(), &query);
     let audit_id = audit_id(&parts.headers);
-    let output = Output::parse(&parts.headers, &query);
+    let streams = matches!(info.verb.as_str(), "list" | "watch");
+    let output = Output::parse(&parts.headers, &query, has_tables(&server, &info), streams);
     let accepted = parts.headers.clone();
     let verb = info.verb.clone();
     let resource = info.resource.clone();
@@ -59,11 +65,60 @@ async fn answer(server: Arc<Server>, request: Request<Body>) -> Response<Body> {
     let result = process(server.clone(), request).await;
     let mut response = match result {
         Ok(response) => response,
-        Err(status) => reply::failure(&status, output.unwrap_or(Output::JSON)),
+        Err(status) => {
+            let mut response = reply::failure(&status, output.unwrap_or(Output::JSON));
+            if status.0.code == 403 {
+                let nosniff = HeaderValue::from_static("nosniff");
+                response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, nosniff);
+            }
+            response
+        }
     };
     response.headers_mut().insert(AUDIT_ID, audit_id);
     server.metrics.count(&verb, &resource, response.status().as_u16(), began.elapsed());
     body::compress(&accepted, response).await
+}
+
+/// The request's own limit has to be one, whatever is made of it.
+fn check_timeout(text: &str) -> Result<()> {
+    if text.is_empty() || is_duration(text) {
+        return Ok(());
+    }
+    let why = format!("time: invalid duration {text:?}");
+    Err(Status::bad_request(format!("invalid timeout specified in the request URL - {why}")))
+}
+
+/// Go's durations: `0`, or numbers with units, as in `1h30m` and `1.5s`.
+fn is_duration(text: &str) -> bool {
+    let mut rest = text.strip_prefix(['+', '-']).unwrap_or(text);
+    if rest == "0" {
+        return true;
+    }
+    let mut parts = 0;
+    while !rest.is_empty() {
+        let number = rest.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
+        let digits = &rest[..rest.len() - number.len()];
+        if !digits.contains(|c: char| c.is_ascii_digit()) || digits.matches('.').count() > 1 {
+            return false;
+        }
+        let next = number.trim_start_matches(|c: char| !c.is_ascii_digit() && c != '.');
+        if !["ns", "us", "µs", "μs", "ms", "s", "m", "h"].contains(&&number[..number.len() - next.len()]) {
+            return false;
+        }
+        rest = next;
+        parts += 1;
+    }
+    parts > 0
+}
+
+/// Reviews, evictions, tokens and the like have no columns.
+fn has_tables(server: &Server, info: &RequestInfo) -> bool {
+    let resource = server.registry.find(&info.group, &info.version, &info.resource);
+    match info.subresource.as_str() {
+        "" => !resource.is_some_and(|resource| rest::subresource::is_virtual(&resource)),
+        "status" | "scale" => info.resource != "resourceclaims",
+        _ => false,
+    }
 }
 
 /// A request after its head was read.
@@ -82,6 +137,9 @@ async fn process(server: Arc<Server>, request: Incoming) -> Result<Response<Body
     let _permit = admit_in_flight(&server, &info)?;
     let identity = identify(&server, &mut parts, &info).await?;
     authorize(&server, &identity, &info).await?;
+    if info.is_resource && !info.is_long_running() {
+        check_timeout(query.get("timeout"))?;
+    }
     let output = if passes { output.unwrap_or(Output::JSON) } else { output? };
     route(server.clone(), identity, info, query, parts, output, body).await
 }
@@ -171,7 +229,7 @@ async fn route(
         return nonresource::serve(&server, &info, &query, &parts, output).await;
     }
     let Some(resource) = server.registry.find(&info.group, &info.version, &info.resource) else {
-        return Err(Status::no_such_path());
+        return Err(nonresource::not_found(&server, &info.path));
     };
     if info.verb.is_empty() {
         return Err(Status::method_unknown());
@@ -179,7 +237,9 @@ async fn route(
     if !resource.namespaced && !info.namespace.is_empty() && info.resource != "namespaces" {
         return Err(Status::no_such_path());
     }
-    let warnings = Arc::new(Mutex::new(Vec::new()));
+    let deprecated = DEPRECATED.iter().filter(|(name, _)| info.group.is_empty() && info.resource == *name);
+    let warnings: Vec<String> = deprecated.map(|(_, warning)| (*warning).to_string()).collect();
+    let warnings = Arc::new(Mutex::new(warnings));
     let call = Call { server, info, resource, identity, query, parts, output, warnings: warnings.clone() };
     let result = rest::serve(call, body).await;
     let mut response = result.unwrap_or_else(|status| reply::failure(&status, output));
@@ -198,6 +258,21 @@ fn add_warnings(headers: &mut HeaderMap, warnings: &[String]) {
         left -= quoted.len();
         if let Ok(value) = HeaderValue::from_str(&format!("299 - \"{quoted}\"")) {
             headers.append(header::WARNING, value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_durations() {
+        for text in ["", "0", "5s", "1h30m", "1.5s", "-1ms", "300us"] {
+            assert!(check_timeout(text).is_ok(), "{text}");
+        }
+        for text in ["5", "foo", "1x", ".s", "1..5s", "s", "1s5"] {
+            assert!(check_timeout(text).is_err(), "{text}");
         }
     }
 }

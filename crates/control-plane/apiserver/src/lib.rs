@@ -11,6 +11,7 @@ pub mod body;
 pub mod bootstrap;
 pub mod cache;
 pub mod call;
+pub mod certificates;
 pub mod codec;
 pub mod config;
 pub mod convert;

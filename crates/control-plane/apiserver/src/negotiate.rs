@@ -10,7 +10,13 @@ use crate::status::{Result, Status};
 pub const JSON: &str = "application/json";
 pub const YAML: &str = "application/yaml";
 pub const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
-const ACCEPTED: [&str; 3] = [JSON, YAML, PROTOBUF];
+const ACCEPTED: [&str; 5] = [
+    JSON,
+    YAML,
+    PROTOBUF,
+    "application/json;stream=watch",
+    "application/vnd.kubernetes.protobuf;stream=watch",
+];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Format {
@@ -55,18 +61,26 @@ pub struct Output {
     /// `v=v1beta1` of a transform; else v1.
     pub beta: bool,
     pub pretty: bool,
+    /// The form of errors: that of the best clause that asks for no transform.
+    pub errors: Format,
 }
 
 impl Output {
-    pub const JSON: Self =
-        Self { format: Format::Json, transform: Transform::None, beta: false, pretty: false };
+    pub const JSON: Self = Self {
+        format: Format::Json,
+        transform: Transform::None,
+        beta: false,
+        pretty: false,
+        errors: Format::Json,
+    };
 
     /// The API version of Table and PartialObjectMetadata.
     pub fn meta_version(&self) -> &'static str {
         if self.beta { "meta.k8s.io/v1beta1" } else { "meta.k8s.io/v1" }
     }
 
-    pub fn parse(headers: &HeaderMap, query: &Query) -> Result<Self> {
+    /// `tables`: whether what is asked can be shown as a table; `streams`: whether it can be watched.
+    pub fn parse(headers: &HeaderMap, query: &Query, tables: bool, streams: bool) -> Result<Self> {
         let pretty =
             match query.optional_flag("pretty") {
                 Some(flag) => flag,
@@ -79,12 +93,18 @@ impl Output {
             return Ok(Self { pretty, ..Self::JSON });
         }
         let clauses = clauses(&accept);
+        if !clauses.iter().any(|clause| clause.media_type == "*/*" || Format::of(clause.media_type).is_some())
+        {
+            return Err(Status::no_representation(&ACCEPTED[..if streams { 5 } else { 3 }]));
+        }
+        let plain = clauses.iter().filter_map(output_of).find(|output| output.transform == Transform::None);
+        let errors = plain.map_or(Format::Json, |output| output.format);
         for clause in &clauses {
-            if let Some(output) = output_of(clause) {
-                return Ok(Self { pretty, ..output });
+            if let Some(output) = output_of(clause).filter(|o| tables || o.transform != Transform::Table) {
+                return Ok(Self { pretty, errors, ..output });
             }
         }
-        Err(Status::not_acceptable(&ACCEPTED))
+        Err(Status::not_acceptable(&ACCEPTED[..3]))
     }
 }
 
@@ -143,7 +163,7 @@ fn output_of(clause: &Clause<'_>) -> Option<Output> {
         ("meta.k8s.io", "v1beta1") => true,
         _ => return None,
     };
-    Some(Output { format, transform, beta, pretty: false })
+    Some(Output { format, transform, beta, ..Output::JSON })
 }
 
 /// Whether the aggregated discovery document is asked for.
@@ -169,7 +189,7 @@ pub fn input_format(headers: &HeaderMap) -> Result<Format> {
     let content_type = content_type(headers);
     match content_type.as_str() {
         "" => Ok(Format::Json),
-        media_type => Format::of(media_type).ok_or_else(|| Status::unsupported_media_type(&ACCEPTED)),
+        media_type => Format::of(media_type).ok_or_else(|| Status::unsupported_media_type(&ACCEPTED[..3])),
     }
 }
 
@@ -186,7 +206,7 @@ mod tests {
     fn parse(accept: &str) -> Result<Output> {
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, accept.parse().unwrap());
-        Output::parse(&headers, &Query::default())
+        Output::parse(&headers, &Query::default(), true, false)
     }
 
     #[test]
@@ -210,8 +230,13 @@ mod tests {
             let output = parse(accept).unwrap();
             assert_eq!((output.format, output.transform), (format, transform), "{accept}");
         }
-        for accept in ["text/html", "application/cbor", "application/json;as=Pod;g=meta.k8s.io;v=v1"] {
+        for accept in
+            ["application/*", "text/html", "application/cbor", "application/json;as=Pod;g=meta.k8s.io;v=v1"]
+        {
             assert_eq!(parse(accept).unwrap_err().0.code, 406, "{accept}");
         }
+        let table = "application/vnd.kubernetes.protobuf;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
+        assert_eq!(parse(table).unwrap().errors, Format::Json);
+        assert_eq!(parse(&format!("{table},{PROTOBUF}")).unwrap().errors, Format::Protobuf);
     }
 }

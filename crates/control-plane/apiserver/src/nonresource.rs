@@ -22,8 +22,13 @@ pub async fn serve(
     output: Output,
 ) -> Result<Response<Body>> {
     let segments = info.segments();
-    if !matches!(parts.method, Method::GET | Method::HEAD) {
-        return Err(if segments.is_empty() { Status::no_such_path() } else { Status::method_unknown() });
+    let reads = match segments.as_slice() {
+        // Upstream's router looks at the methods of these only.
+        ["version" | "api" | "apis" | "openapi" | ".well-known", ..] => parts.method == Method::GET,
+        _ => true,
+    };
+    if !reads && is_served(server, &info.path) {
+        return Err(Status::method_unknown());
     }
     match segments.as_slice() {
         [] => Ok(reply::json_value(200, &json!({"paths": discovery::paths(server)}))),
@@ -44,9 +49,24 @@ pub async fn serve(
             None => Err(Status::no_such_path()),
         },
         ["openapi", rest @ ..] => openapi::serve(server, rest, parts),
-        ["api" | "apis", ..] => discovery::serve(server, &segments, parts, output),
-        _ => Err(Status::no_such_path()),
+        ["api" | "apis", ..] => discovery::serve(server, &segments, parts, output)
+            .map_err(|status| if status.is_not_found() { not_found(server, &info.path) } else { status }),
+        _ => Err(not_found(server, &info.path)),
     }
+}
+
+/// Whether a group or another root that a path begins with is there.
+fn is_served(server: &Server, path: &str) -> bool {
+    let mut parts = path.split('/').filter(|part| !part.is_empty());
+    match (parts.next(), parts.next()) {
+        (Some("apis"), Some(group)) => server.registry.all().iter().any(|resource| resource.group == group),
+        (first, _) => matches!(first, Some("api" | "apis" | "version" | "openapi" | ".well-known")),
+    }
+}
+
+/// What a path without an answer gets: a page where not even the group is served, else a Status.
+pub fn not_found(server: &Server, path: &str) -> Status {
+    if is_served(server, path) { Status::no_such_path() } else { Status::no_such_page() }
 }
 
 /// A document of the service account issuer, which anybody may keep for an hour.
@@ -69,7 +89,7 @@ fn health(server: &Server, query: &Query, segments: &[&str]) -> Result<Response<
     if let Some(wanted) = segments.get(1) {
         checks.retain(|(name, _)| name == wanted);
         if checks.is_empty() {
-            return Err(Status::no_such_path());
+            return Err(Status::no_such_page());
         }
     }
     let excluded: Vec<&str> = query.all("exclude").collect();

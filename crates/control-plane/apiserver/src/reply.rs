@@ -47,9 +47,12 @@ pub fn text(code: u16, text: impl Into<Bytes>) -> Response<Body> {
 /// An error as the client wants it written.
 pub fn failure(status: &Status, output: Output) -> Response<Body> {
     let code = status.0.code;
-    let plain = Output { transform: Transform::None, ..output };
+    if status.0.page {
+        return text(code, status.0.message.clone());
+    }
+    let plain = Output { transform: Transform::None, format: output.errors, ..output };
     let mut response = match typed(&status.body(), codec::status_type(), plain) {
-        Ok(encoded) => bytes(code, output.format.media_type(), body::full(encoded)),
+        Ok(encoded) => bytes(code, output.errors.media_type(), body::full(encoded)),
         Err(_) => json_value(code, &status.body()),
     };
     if status.0.retry_after_seconds > 0
@@ -124,7 +127,8 @@ pub fn encode_value(resource: &Resource, output: Output, value: Value, headed: b
 
 fn not_a_list(resource: &Resource) -> Status {
     let message = format!(
-        "you requested PartialObjectMetadataList, but the requested object is not a list ({})",
+        "you requested PartialObjectMetadataList, but the requested object is not a list (*{}.{})",
+        codec::package(&resource.group),
         resource.kind
     );
     Status::new(406, "NotAcceptable", message)
@@ -187,7 +191,8 @@ pub fn list(call: &Call, objects: Vec<Arc<Object>>, meta: &ListMeta) -> Result<R
         }
         Transform::PartialObjectMetadata => {
             let message = format!(
-                "you requested PartialObjectMetadata, but the requested object is a list ({}List)",
+                "you requested PartialObjectMetadata, but the requested object is a list (*{}.{}List)",
+                codec::package(&resource.group),
                 resource.kind
             );
             return Err(Status::new(406, "NotAcceptable", message));

@@ -44,7 +44,7 @@ pub fn parse(text: &str) -> Result<u64> {
     match text {
         "" | "0" => Ok(0),
         _ => text.parse().map_err(|_| {
-            let why = format!("strconv.ParseUint: parsing {text:?}: invalid syntax");
+            let why = format!("strconv.ParseUint: parsing {text:?}: {}", crate::write::unsigned_error(text));
             let error = FieldError::invalid(&Path::new("resourceVersion"), text, why);
             Status::bad_request(error.to_string())
         }),
@@ -63,17 +63,21 @@ pub fn for_get(query: &Query) -> Result<Read> {
 /// What a list's options ask for.
 pub fn for_list(query: &Query) -> Result<Read> {
     validate(query, false)?;
+    query.integer("timeoutSeconds")?;
     let text = query.get("resourceVersion");
     let token = query.get("continue");
     if !token.is_empty() {
+        let read = decode_continue(token)
+            .map_err(|status| Status::bad_request(format!("invalid continue token: {}", status.0.message)))?;
         if !matches!(text, "" | "0") {
             return Err(Status::bad_request(
                 "specifying resource version is not allowed when using continue",
             ));
         }
-        return decode_continue(token);
+        return Ok(read);
     }
-    let version = parse(text)?;
+    let version = parse(text)
+        .map_err(|status| Status::bad_request(format!("invalid resource version: {}", status.0.message)))?;
     let limited = query.integer("limit")?.unwrap_or(0) > 0;
     Ok(match (query.get("resourceVersionMatch"), text, version) {
         (_, "", _) => Read::Latest,
@@ -128,7 +132,7 @@ fn validate(query: &Query, watch: bool) -> Result<()> {
         }
         let supported: &[&str] = if watch { &["NotOlderThan"] } else { &["Exact", "NotOlderThan", ""] };
         if !supported.contains(&matching) {
-            errors.push(FieldError::not_supported(&path, matching, supported));
+            errors.push(FieldError::not_supported_as_listed(&path, matching, supported));
         }
         if !watch && matching == "Exact" && query.get("resourceVersion") == "0" {
             errors.push(forbidden("resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\""));
@@ -161,8 +165,15 @@ pub fn encode_continue(from: &str, at: Option<u64>) -> String {
 
 fn decode_continue(text: &str) -> Result<Read> {
     let invalid = |why: &str| Status::bad_request(format!("continue key is not valid{why}"));
-    let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|e| invalid(&format!(": {e}")))?;
-    let token: Token = serde_json::from_slice(&bytes).map_err(|e| invalid(&format!(": {e}")))?;
+    let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|e| {
+        let at = match e {
+            base64::DecodeError::InvalidByte(at, _) | base64::DecodeError::InvalidLastSymbol(at, _) => at,
+            _ => text.len() / 4 * 4,
+        };
+        invalid(&format!(": illegal base64 data at input byte {at}"))
+    })?;
+    let decoded = sampan_schema::decode::json(&bytes, None).map_err(|e| invalid(&format!(": {e}")))?;
+    let token: Token = serde_json::from_value(decoded.value).map_err(|e| invalid(&format!(": {e}")))?;
     if token.v != "meta.k8s.io/v1" {
         return Err(invalid(&format!(": server does not recognize this encoded version {}", token.v)));
     }

@@ -10,7 +10,7 @@ pub mod subresource;
 pub mod update;
 pub mod watch;
 
-use http::Response;
+use http::{Method, Response};
 
 use crate::body::Body;
 use crate::call::Call;
@@ -18,22 +18,25 @@ use crate::status::{Result, Status};
 
 /// Answers a request for a resource.
 pub async fn serve(call: Call, body: Body) -> Result<Response<Body>> {
-    let of = call.resource.group_resource();
+    let unnamed = call.info.name.is_empty() || call.info.verb == "list" || call.info.verb == "watch";
+    if call.parts.method == Method::HEAD {
+        return Err(Status::method_unknown());
+    }
     if call.resource.namespaced && call.info.namespace.is_empty() {
         // Across all namespaces objects can only be read, or not be named.
         match call.info.verb.as_str() {
-            "list" | "watch" => {}
-            "create" => return Err(Status::method_unknown()),
-            _ => return Err(Status::no_such_path()),
+            "list" | "watch" if call.resource.allows("list") => {}
+            _ if !unnamed || !call.resource.allows("list") => return Err(Status::no_such_path()),
+            _ => return Err(Status::method_unknown()),
         }
     }
     if !call.info.subresource.is_empty() {
         return subresource::serve(call, body).await;
     }
     if !call.resource.allows(&call.info.verb) {
-        return Err(Status::method_not_allowed(of, &call.info.verb));
+        let is_virtual = subresource::is_virtual(&call.resource);
+        return Err(if is_virtual && !unnamed { Status::no_such_path() } else { Status::method_unknown() });
     }
-    let unnamed = call.info.name.is_empty();
     match call.info.verb.as_str() {
         "update" | "patch" if unnamed => Err(Status::method_unknown()),
         "create" if subresource::is_virtual(&call.resource) => subresource::serve(call, body).await,

@@ -1,6 +1,9 @@
 //! Label and field selectors.
 //!
 //! Upstream counterparts: k8s.io/apimachinery/pkg/labels/selector.go, k8s.io/apimachinery/pkg/fields/selector.go.
+use sampan_kinds::field::go_quote;
+use sampan_kinds::names;
+
 use crate::status::{Result, Status};
 
 /// One requirement on a label.
@@ -162,35 +165,38 @@ impl<'a> Lexer<'a> {
             _ => {}
         }
         match self.next() {
-            Token::Operator("=" | "==") => Ok(Requirement::In(key, vec![self.value()?])),
-            Token::Operator("!=") => Ok(Requirement::NotIn(key, vec![self.value()?])),
-            Token::Operator(">") => Ok(Requirement::Greater(key, self.number()?)),
-            Token::Operator("<") => Ok(Requirement::Less(key, self.number()?)),
-            Token::Word("in") => Ok(Requirement::In(key, self.values()?)),
-            Token::Word("notin") => Ok(Requirement::NotIn(key, self.values()?)),
+            Token::Operator("=" | "==") => Ok(Requirement::In(key.clone(), vec![self.value(&key)?])),
+            Token::Operator("!=") => Ok(Requirement::NotIn(key.clone(), vec![self.value(&key)?])),
+            Token::Operator(">") => Ok(Requirement::Greater(key.clone(), self.number(&key)?)),
+            Token::Operator("<") => Ok(Requirement::Less(key.clone(), self.number(&key)?)),
+            Token::Word("in") => Ok(Requirement::In(key.clone(), self.values(&key)?)),
+            Token::Word("notin") => Ok(Requirement::NotIn(key.clone(), self.values(&key)?)),
             other => Err(format!("found '{}', expected: in, notin, =, ==, !=, gt, lt", other.text())),
         }
     }
 
     /// One value, possibly empty.
-    fn value(&mut self) -> std::result::Result<String, String> {
+    fn value(&mut self, key: &str) -> std::result::Result<String, String> {
         match self.peek() {
             Token::End | Token::Comma => Ok(String::new()),
             Token::Word(word) => {
                 self.next();
-                check_value(word)?;
+                check_value(key, 0, word)?;
                 Ok(word.to_string())
             }
             other => Err(format!("found '{}', expected: identifier", other.text())),
         }
     }
 
-    fn number(&mut self) -> std::result::Result<i64, String> {
-        let text = self.value()?;
-        text.parse().map_err(|_| format!("for 'Gt', 'Lt' operators, the value must be an integer: {text:?}"))
+    fn number(&mut self, key: &str) -> std::result::Result<i64, String> {
+        let text = self.value(key)?;
+        text.parse().map_err(|_| {
+            let why = "for 'Gt', 'Lt' operators, the value must be an integer";
+            format!("values[0]: Invalid value: {}: {why}", go_quote(&text))
+        })
     }
 
-    fn values(&mut self) -> std::result::Result<Vec<String>, String> {
+    fn values(&mut self, key: &str) -> std::result::Result<Vec<String>, String> {
         match self.next() {
             Token::Open => {}
             other => return Err(format!("found '{}' expected: '('", other.text())),
@@ -210,49 +216,28 @@ impl<'a> Lexer<'a> {
                     }
                 }
                 Token::Word(word) => {
-                    check_value(word)?;
+                    check_value(key, values.len(), word)?;
                     values.push(word.to_string());
                 }
-                other => return Err(format!("found '{}', expected: ',', or ')'", other.text())),
+                other => return Err(format!("found '{}', expected: ',' or ')'", other.text())),
             }
         }
     }
 }
 
-fn is_name(text: &str) -> bool {
-    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
-    text.len() <= 63
-        && edge(text.chars().next())
-        && edge(text.chars().last())
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-}
-
 fn check_key(key: &str) -> std::result::Result<(), String> {
-    let (prefix, name) = key.rsplit_once('/').map_or((None, key), |(p, n)| (Some(p), n));
-    let prefix_fine = prefix.is_none_or(|p| {
-        !p.is_empty()
-            && p.len() <= 253
-            && p.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.'))
-    });
-    if is_name(name) && prefix_fine {
-        return Ok(());
+    match names::qualified_name(key).first() {
+        Some(why) => Err(format!("<nil>: Invalid value: {}: {why}", go_quote(key))),
+        None => Ok(()),
     }
-    Err(format!(
-        "key: Invalid value: {key:?}: name part must consist of alphanumeric characters, '-', '_' or '.', and must \
-         start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for \
-         validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')"
-    ))
 }
 
-fn check_value(value: &str) -> std::result::Result<(), String> {
-    if value.is_empty() || is_name(value) {
-        return Ok(());
+/// `at` is the place among the operator's values.
+fn check_value(key: &str, at: usize, value: &str) -> std::result::Result<(), String> {
+    match names::label_value(value).first() {
+        Some(why) => Err(format!("values[{at}][{key}]: Invalid value: {}: {why}", go_quote(value))),
+        None => Ok(()),
     }
-    Err(format!(
-        "values[0][key]: Invalid value: {value:?}: a valid label must be an empty string or consist of alphanumeric \
-         characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or \
-         'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')"
-    ))
 }
 
 /// A field selector: terms that must all hold.
@@ -349,13 +334,11 @@ fn unescape(value: &str) -> Result<String> {
             '\\' => match chars.next() {
                 Some(c @ ('\\' | ',' | '=')) => out.push(c),
                 _ => {
-                    return Err(Status::bad_request(format!(
-                        "invalid field selector: invalid escape in {value:?}"
-                    )));
+                    return Err(Status::bad_request("invalid field selector: invalid escape sequence: \\"));
                 }
             },
             '=' => {
-                return Err(Status::bad_request(format!("invalid field selector: unescaped = in {value:?}")));
+                return Err(Status::bad_request("invalid field selector: unescaped character in value: 61"));
             }
             c => out.push(c),
         }

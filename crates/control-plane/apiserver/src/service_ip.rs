@@ -35,6 +35,8 @@ pub async fn before_create(call: &Call, service: &mut Value) -> Result<Option<Al
     if !is_service(call) {
         return Ok(None);
     }
+    normalize(service, None);
+    check_addresses(call, service)?;
     let (guard, taken) = taken(call, "").await?;
     allocate(call, service, None, &taken)?;
     Ok(Some(guard))
@@ -44,10 +46,50 @@ pub async fn before_update(call: &Call, service: &mut Value, old: &Value) -> Res
     if !is_service(call) {
         return Ok(None);
     }
+    normalize(service, Some(old));
     keep_what_is_not_said(service, old);
     let (guard, taken) = taken(call, text(old, "/metadata/uid")).await?;
     allocate(call, service, Some(old), &taken)?;
     Ok(Some(guard))
+}
+
+/// `clusterIP` and `clusterIPs` mean the same; who has said only one of them has said both (upstream's
+/// NormalizeClusterIPs).
+fn normalize(service: &mut Value, old: Option<&Value>) {
+    let list = |service: &Value| {
+        service.pointer("/spec/clusterIPs").and_then(Value::as_array).cloned().unwrap_or_default()
+    };
+    let single = text(service, "/spec/clusterIP").to_string();
+    let stated = list(service);
+    let plural = match old {
+        None if !single.is_empty() && stated.is_empty() => Some(vec![single.into()]),
+        None => None,
+        Some(old) => {
+            let (old_single, old_list) = (text(old, "/spec/clusterIP"), list(old));
+            match single == old_single {
+                true if stated.is_empty() && !old_list.is_empty() => Some(old_list),
+                false if stated == old_list && single.is_empty() => Some(Vec::new()),
+                false if stated == old_list => Some(vec![single.into()]),
+                _ => None,
+            }
+        }
+    };
+    if let Some(plural) = plural
+        && let Some(spec) = service.get_mut("spec").and_then(Value::as_object_mut)
+    {
+        match plural.is_empty() {
+            true => drop(spec.remove("clusterIPs")),
+            false => drop(spec.insert("clusterIPs".into(), plural.into())),
+        }
+    }
+}
+
+fn check_addresses(call: &Call, service: &Value) -> Result<()> {
+    let errors = sampan_kinds::core::v1::service::validation::validate_addresses(service);
+    match errors.is_empty() {
+        true => Ok(()),
+        false => Err(call.invalid(text(service, "/metadata/name"), &errors)),
+    }
 }
 
 /// Takes the turn and looks at what all services but `except` have.
@@ -258,11 +300,11 @@ fn allocate_addresses(call: &Call, service: &mut Value, taken: &Taken) -> Result
     for (at, family_name) in families.iter().enumerate() {
         let cidr = call.server.config.service_cidrs.iter().find(|cidr| family(cidr) == *family_name);
         let Some(cidr) = cidr else { continue };
-        let path = Path::new("spec").child("clusterIPs").index(at);
+        let path = Path::new("spec").child("clusterIPs");
         let address = match stated.get(at).filter(|ip| !ip.is_empty()) {
             Some(wanted) => {
-                let fail =
-                    |why: String| invalid(call, service, FieldError::invalid(&path, wanted.as_str(), why));
+                let all = || stated.iter().map(|ip| Value::from(ip.as_str())).collect::<Vec<_>>();
+                let fail = |why: String| invalid(call, service, FieldError::invalid(&path, all(), why));
                 let ip: IpAddr = wanted.parse().map_err(|_| fail("must be a valid IP address".into()))?;
                 if !cidr.contains(ip) {
                     return Err(fail(format!(
@@ -382,10 +424,8 @@ fn free_port(call: &Call, protocol: &str, taken: &Taken, own: &HashSet<(u16, Str
 fn allocate_health_check_port(call: &Call, service: &mut Value, taken: &Taken) -> Result<()> {
     let needed = text(service, "/spec/type") == "LoadBalancer"
         && text(service, "/spec/externalTrafficPolicy") == "Local";
+    // One that is there without need is validation's to refuse.
     if !needed {
-        if let Some(spec) = service.get_mut("spec").and_then(Value::as_object_mut) {
-            spec.remove("healthCheckNodePort");
-        }
         return Ok(());
     }
     if health_check_port(service).is_some() {
@@ -402,6 +442,26 @@ fn allocate_health_check_port(call: &Call, service: &mut Value, taken: &Taken) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_field_speaks_for_both() {
+        let service = |single: &str, list: Value| json!({"spec": {"clusterIP": single, "clusterIPs": list}});
+        let old = service("a", json!(["a"]));
+        let cases = [
+            (None, service("a", json!([])), json!(["a"])),
+            (None, service("a", json!(["b"])), json!(["b"])),
+            (None, service("", json!(["b"])), json!(["b"])),
+            (Some(&old), service("a", json!([])), json!(["a"])),
+            (Some(&old), service("b", json!(["a"])), json!(["b"])),
+            (Some(&old), service("", json!(["a"])), Value::Null),
+            (Some(&old), service("b", json!(["c"])), json!(["c"])),
+        ];
+        for (old, mut new, want) in cases {
+            let shown = new.to_string();
+            normalize(&mut new, old);
+            assert_eq!(new["spec"].get("clusterIPs").cloned().unwrap_or_default(), want, "{shown}");
+        }
+    }
 
     #[test]
     fn addresses_come_from_the_upper_band_until_it_is_full() {

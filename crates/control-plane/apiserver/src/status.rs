@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use sampan_kinds::field::go_quote;
 use sampan_kinds::{ErrorList, FieldError};
 use serde_json::{Map, Value, json};
 
@@ -49,6 +50,8 @@ pub struct Failure {
     pub continue_token: String,
     /// Whether `details` is there at all.
     pub detailed: bool,
+    /// The message is the answer, as plain text.
+    pub page: bool,
 }
 
 /// The error of this crate: boxed, because it is returned everywhere and made rarely.
@@ -75,6 +78,7 @@ impl Status {
             retry_after_seconds: 0,
             continue_token: String::new(),
             detailed: false,
+            page: false,
         }))
     }
 
@@ -109,7 +113,7 @@ impl Status {
     }
 
     pub fn not_found(of: GroupResource<'_>, name: &str) -> Self {
-        Self::new(404, "NotFound", format!("{of} {name:?} not found")).about(of, name)
+        Self::new(404, "NotFound", format!("{of} {} not found", go_quote(name))).about(of, name)
     }
 
     /// No such path, or no such resource.
@@ -119,13 +123,21 @@ impl Status {
         status
     }
 
+    /// A path outside of everything that is served.
+    pub fn no_such_page() -> Self {
+        let mut status = Self::new(404, "NotFound", "404 page not found\n");
+        status.0.page = true;
+        status
+    }
+
     pub fn already_exists(of: GroupResource<'_>, name: &str) -> Self {
-        Self::new(409, "AlreadyExists", format!("{of} {name:?} already exists")).about(of, name)
+        Self::new(409, "AlreadyExists", format!("{of} {} already exists", go_quote(name))).about(of, name)
     }
 
     pub fn generate_name_conflict(of: GroupResource<'_>, name: &str) -> Self {
         let message = format!(
-            "{of} {name:?} already exists, the server was not able to generate a unique name for the object"
+            "{of} {} already exists, the server was not able to generate a unique name for the object",
+            go_quote(name)
         );
         Self::new(409, "AlreadyExists", message).about(of, name).retry_after(1)
     }
@@ -138,13 +150,13 @@ impl Status {
     pub fn forbidden(of: GroupResource<'_>, name: &str, why: impl fmt::Display) -> Self {
         let message = match name {
             "" => format!("{of} is forbidden: {why}"),
-            _ => format!("{of} {name:?} is forbidden: {why}"),
+            _ => format!("{of} {} is forbidden: {why}", go_quote(name)),
         };
         Self::new(403, "Forbidden", message).about(of, name)
     }
 
     pub fn conflict(of: GroupResource<'_>, name: &str, why: impl fmt::Display) -> Self {
-        let message = format!("Operation cannot be fulfilled on {of} {name:?}: {why}");
+        let message = format!("Operation cannot be fulfilled on {of} {}: {why}", go_quote(name));
         Self::new(409, "Conflict", message).about(of, name)
     }
 
@@ -167,7 +179,7 @@ impl Status {
     pub fn invalid(group: &str, kind: &str, name: &str, errors: &ErrorList) -> Self {
         let of = GroupResource { group, resource: kind };
         let mut status =
-            Self::new(422, "Invalid", format!("{of} {name:?} is invalid: {}", aggregate(errors)))
+            Self::new(422, "Invalid", format!("{of} {} is invalid: {}", go_quote(name), aggregate(errors)))
                 .about(of, name);
         status.0.causes = errors
             .iter()
@@ -186,11 +198,6 @@ impl Status {
 
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(503, "ServiceUnavailable", message)
-    }
-
-    pub fn method_not_allowed(of: GroupResource<'_>, action: &str) -> Self {
-        let message = format!("{action} is not supported on resources of kind \"{of}\"");
-        Self::new(405, "MethodNotAllowed", message).about(of, "")
     }
 
     /// A method that the path doesn't know at all.
@@ -231,6 +238,21 @@ impl Status {
     pub fn not_acceptable(accepted: &[&str]) -> Self {
         let message = format!("only the following media types are accepted: {}", accepted.join(", "));
         Self::new(406, "NotAcceptable", message)
+    }
+
+    /// As upstream's router words it, before any handler sees the request.
+    pub fn no_representation(accepted: &[&str]) -> Self {
+        let message = format!("406: Not Acceptable\n\nAvailable representations: {}", accepted.join(", "));
+        let mut status = Self::new(406, "NotAcceptable", message);
+        status.0.detailed = true;
+        status
+    }
+
+    /// A patch of no known kind, as upstream's router words it.
+    pub fn no_such_patch() -> Self {
+        let mut status = Self::new(415, "UnsupportedMediaType", "415: Unsupported Media Type");
+        status.0.detailed = true;
+        status
     }
 
     pub fn unsupported_media_type(accepted: &[&str]) -> Self {

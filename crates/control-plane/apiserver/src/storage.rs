@@ -138,25 +138,29 @@ pub fn decode(storage: &Storage, bytes: &[u8], revision: u64) -> Result<Value> {
         .map_err(|e| Status::internal(format!("stored object of {} is damaged: {e}", storage.prefix)))?;
     object["apiVersion"] = storage.api_version.as_str().into();
     object["kind"] = storage.kind.as_str().into();
-    object["metadata"]["resourceVersion"] = revision.to_string().into();
+    if revision > 0 {
+        object["metadata"]["resourceVersion"] = revision.to_string().into();
+    }
     Ok(object)
 }
 
 /// Appends the object as JSON. With `type_meta` (apiVersion, kind) as an answer has it, without as a list's item.
+/// What a dry run would have created has no revision (0).
 pub fn splice(out: &mut BytesMut, type_meta: Option<(&str, &str)>, revision: u64, stored: &[u8]) {
     use std::fmt::Write;
     out.reserve(stored.len() + 96);
     let written = match type_meta {
-        Some((api_version, kind)) => write!(
-            out,
-            "{{\"kind\":\"{kind}\",\"apiVersion\":\"{api_version}\",\"metadata\":{{\"resourceVersion\":\"{revision}\""
-        ),
-        None => write!(out, "{{\"metadata\":{{\"resourceVersion\":\"{revision}\""),
+        Some((api_version, kind)) => {
+            write!(out, "{{\"kind\":\"{kind}\",\"apiVersion\":\"{api_version}\",\"metadata\":{{")
+        }
+        None => write!(out, "{{\"metadata\":{{"),
     };
     debug_assert!(written.is_ok());
     let rest = stored.strip_prefix(HEAD).unwrap_or(b"}}");
-    if rest.first() != Some(&b'}') {
-        out.extend_from_slice(b",");
+    if revision > 0 {
+        let more = if rest.first() == Some(&b'}') { "" } else { "," };
+        let written = write!(out, "\"resourceVersion\":\"{revision}\"{more}");
+        debug_assert!(written.is_ok());
     }
     out.extend_from_slice(rest);
 }
@@ -178,6 +182,9 @@ mod tests {
         let mut out = BytesMut::new();
         splice(&mut out, Some(("v1", "ConfigMap")), 4, &bytes);
         assert_eq!(serde_json::from_slice::<Value>(&out).unwrap(), object);
+        let mut dry = BytesMut::new();
+        splice(&mut dry, None, 0, &bytes);
+        assert!(dry.starts_with(br#"{"metadata":{"name":"x","uid":"u"},"#), "{dry:?}");
         assert_eq!(storage.key("ns", "x"), "/registry/core/configmaps/ns/x");
     }
 

@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::admit::{self, Operation};
 use crate::cache::store_failed;
 use crate::call::{Call, WriteOptions};
+use crate::certificates;
 use crate::service_ip;
 use crate::status::{GroupResource, OPTIMISTIC_LOCK, Result, Status};
 use crate::storage;
@@ -44,6 +45,9 @@ pub struct Target<'a> {
     pub create: bool,
     /// An update without resourceVersion overwrites.
     pub unconditional: bool,
+    /// A uid in the new object that isn't the present one's is a precondition that failed (PUT), or else a change
+    /// of what can't be changed (PATCH).
+    pub uid_is_precondition: bool,
 }
 
 impl<'a> Target<'a> {
@@ -57,6 +61,7 @@ impl<'a> Target<'a> {
             subresource: "",
             create: false,
             unconditional: rules.unconditional_update,
+            uid_is_precondition: true,
         }
     }
 }
@@ -80,6 +85,9 @@ fn meta_of(object: &mut Value) -> Result<&mut serde_json::Map<String, Value>> {
 
 /// Stores a new object, which the caller has decoded, defaulted and whose fields' manager it has noted.
 pub async fn create(call: &Call, object: Value, options: &WriteOptions) -> Result<Written> {
+    if text(&object, "/metadata/resourceVersion").parse::<u64>().is_ok_and(|version| version != 0) {
+        return Err(Status::new(500, "", "resourceVersion should not be set on objects to be created"));
+    }
     let generated =
         text(&object, "/metadata/name").is_empty() && !text(&object, "/metadata/generateName").is_empty();
     let attempts = if generated { GENERATED_NAMES_MAX } else { 1 };
@@ -99,9 +107,6 @@ pub async fn create(call: &Call, object: Value, options: &WriteOptions) -> Resul
 async fn create_once(call: &Call, mut object: Value, options: &WriteOptions) -> Result<Written> {
     let resource = &call.resource;
     let rules = &resource.storage.rules;
-    if !matches!(text(&object, "/metadata/resourceVersion"), "" | "0") {
-        return Err(Status::new(500, "", "resourceVersion should not be set on objects to be created"));
-    }
     let object_meta = meta_of(&mut object)?;
     for field in ["resourceVersion", "selfLink", "deletionTimestamp", "deletionGracePeriodSeconds"] {
         object_meta.remove(field);
@@ -123,10 +128,15 @@ async fn create_once(call: &Call, mut object: Value, options: &WriteOptions) -> 
     admit::mutate(call, Operation::Create, "", &mut object, None, options).await?;
     (rules.defaults)(&mut object);
     (rules.rest.prepare_create)(&mut object);
+    certificates::set_requester(call, &mut object);
     let allocation = service_ip::before_create(call, &mut object).await?;
     let name = text(&object, "/metadata/name").to_string();
     let mut errors = meta::validate(&object, resource.namespaced, rules.name_rule);
-    errors.extend((rules.rest.validate)(&object));
+    match own_rules(call) {
+        Some((rest, convert)) => errors.extend((rest.validate)(&convert(object.clone()))),
+        None => errors.extend((rules.rest.validate)(&object)),
+    }
+    errors.extend(certificates::validate(call, &object));
     if !errors.is_empty() {
         return Err(call.invalid(&name, &errors));
     }
@@ -135,6 +145,7 @@ async fn create_once(call: &Call, mut object: Value, options: &WriteOptions) -> 
     }
     check_escalation(call, None, &object)?;
     admit::validate(call, Operation::Create, "", Some(&object), None, options).await?;
+    certificates::admit(call, "", &object, None).await?;
     let bytes = storage::encode(&object)?;
     let key = resource.storage.key(&call.info.namespace, &name);
     let exists = || Status::already_exists(resource.group_resource(), &name);
@@ -185,7 +196,9 @@ pub async fn update(
         let stored = existing.value(&resource.storage)?;
         let mut object = make(Some(&stored))?;
         let conflict = |why: &str| Status::conflict(resource.group_resource(), target.name, why);
-        check_uid(call, &object, &stored, &key)?;
+        if target.uid_is_precondition {
+            check_uid(call, &object, &stored, &key)?;
+        }
         match text(&object, "/metadata/resourceVersion") {
             "" | "0" if target.unconditional => {
                 let version = stored.pointer("/metadata/resourceVersion").cloned().unwrap_or_default();
@@ -199,9 +212,8 @@ pub async fn update(
             }
             version if version == text(&stored, "/metadata/resourceVersion") => {}
             version if version.parse::<u64>().is_err() => {
-                return Err(Status::bad_request(format!(
-                    "Invalid value: {version:?}: invalid resource version"
-                )));
+                let why = unsigned_error(version);
+                return Err(Status::new(500, "", format!("strconv.ParseUint: parsing {version:?}: {why}")));
             }
             _ => return Err(conflict(OPTIMISTIC_LOCK)),
         }
@@ -212,6 +224,7 @@ pub async fn update(
         check_escalation(call, Some(&stored), &object)?;
         admit::validate(call, Operation::Update, target.subresource, Some(&object), Some(&stored), options)
             .await?;
+        certificates::admit(call, target.subresource, &object, Some(&stored)).await?;
         apply::revert_timestamps(&mut object, &stored);
         let bytes = storage::encode(&object)?;
         if is_finished(&object, &stored) {
@@ -238,6 +251,12 @@ pub async fn update(
         }
     }
     Err(Status::conflict(resource.group_resource(), target.name, OPTIMISTIC_LOCK))
+}
+
+/// The rules of the served version, where they aren't the stored one's, and how an object gets there.
+fn own_rules(call: &Call) -> Option<(&Rest, fn(Value) -> Value)> {
+    let convert = call.resource.convert.as_ref().filter(|convert| convert.own_rules)?;
+    Some((&call.resource.rules.rest, convert.from_storage))
 }
 
 /// Nobody grants by RBAC what they don't have.
@@ -282,10 +301,6 @@ async fn settle(
             object_meta.insert(field.into(), time);
         }
     }
-    if old("deletionTimestamp").is_none() {
-        object_meta.remove("deletionTimestamp");
-        object_meta.remove("deletionGracePeriodSeconds");
-    }
     if !object_meta.contains_key("deletionGracePeriodSeconds")
         && let Some(seconds) = old("deletionGracePeriodSeconds")
     {
@@ -299,7 +314,12 @@ async fn settle(
     let mut errors = meta::validate(object, resource.namespaced, resource.storage.rules.name_rule);
     errors.retain(|error| error.field != "metadata.name");
     errors.extend(meta::validate_update(object, stored));
-    errors.extend((target.rest.validate_update)(object, stored));
+    match own_rules(call) {
+        Some((rest, convert)) => {
+            errors.extend((rest.validate_update)(&convert(object.clone()), &convert(stored.clone())));
+        }
+        None => errors.extend((target.rest.validate_update)(object, stored)),
+    }
     if !errors.is_empty() {
         return Err(call.invalid(target.name, &errors));
     }
@@ -314,11 +334,21 @@ fn check_uid(call: &Call, object: &Value, stored: &Value, key: &str) -> Result<(
     if wanted.is_empty() || wanted == present {
         return Ok(());
     }
+    // Upstream's core resources lie right below the prefix.
+    let key = key.replacen("/registry/core/", "/registry/", 1);
     let why = format!(
         "StorageError: invalid object, Code: 4, Key: {key}, ResourceVersion: 0, AdditionalErrorMsg: Precondition \
          failed: UID in precondition: {wanted}, UID in object meta: {present}"
     );
     Err(Status::conflict(call.resource.group_resource(), text(stored, "/metadata/name"), why))
+}
+
+/// What Go says of a text that is no 64-bit number.
+pub fn unsigned_error(text: &str) -> &'static str {
+    match !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => "value out of range",
+        false => "invalid syntax",
+    }
 }
 
 /// Whether the update took the last finalizer from an object that is being deleted.

@@ -5,7 +5,7 @@ use serde_json::json;
 use super::*;
 use crate::types::by_gvk;
 
-static NOTHING: FieldSet = FieldSet { nodes: Vec::new() };
+static NOTHING: Reset = Reset::Fields(FieldSet { nodes: Vec::new() });
 
 fn ty(kind: &str) -> &'static Type {
     match kind {
@@ -121,7 +121,7 @@ fn subresources_and_reset_fields() {
     let mut new = live.clone();
     new["status"] = json!({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]});
     let mut own = new.clone();
-    let status_reset = FieldSet::of_paths(["status"]);
+    let status_reset = Reset::fields(["status"]);
     track_update(ty("Pod"), &live, &mut own, &Writer { reset: &status_reset, ..writer("x", 2) }).unwrap();
     assert_eq!(own["metadata"], live["metadata"], "status isn't the main resource's");
     let status = Writer { subresource: "status", ..writer("kubelet", 2) };

@@ -261,7 +261,7 @@ fn read_time(bytes: &[u8], micro: bool) -> Result<Value, ProtoError> {
     }
     let at = time::Instant { seconds, nanos: nanos.clamp(0, 999_999_999) };
     let text = if micro { time::format_micros(at) } else { time::format_seconds(at) };
-    text.map(Value::String).ok_or_else(|| TypeError::Time(seconds.to_string()).into())
+    text.map(Value::String).ok_or_else(|| TypeError::time(&seconds.to_string()).into())
 }
 
 fn read_int_or_string(bytes: &[u8]) -> Result<Value, ProtoError> {

@@ -182,7 +182,7 @@ fn write_time(tag: u32, value: &Value, out: &mut Vec<u8>) -> Result<(), ProtoErr
         put_bytes(out, tag, b"");
         return Ok(());
     };
-    let at = time::parse(text).ok_or_else(|| TypeError::Time(text.to_owned()))?;
+    let at = time::parse(text).ok_or_else(|| TypeError::time(text))?;
     nested(out, tag, |out| {
         put_number(out, 1, at.seconds as u64);
         put_number(out, 2, at.nanos as u64);

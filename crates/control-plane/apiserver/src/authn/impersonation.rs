@@ -1,6 +1,8 @@
 //! Acting as somebody else. Upstream counterpart: k8s.io/apiserver/pkg/endpoints/filters/impersonation.
 //!
 //! What stays true: each thing impersonated (user, group, extra, uid) is authorized by itself, as the real user.
+use std::collections::BTreeMap;
+
 use http::HeaderMap;
 use sampan_client::Identity;
 
@@ -125,15 +127,30 @@ fn wishes(headers: &HeaderMap) -> Result<Vec<Wish>, Status> {
         wishes.push(wish("UID", uid));
     }
     if user.is_none() && !wishes.is_empty() {
-        let listed: Vec<String> = wishes
-            .iter()
-            .map(|w| {
-                let version =
-                    if matches!(w.kind, "UserExtra" | "UID") { "authentication.k8s.io/v1" } else { "" };
-                format!("{{{} {} {}  {version}  {}}}", w.kind, w.namespace, w.name, w.key)
-            })
-            .collect();
-        let message = format!("requested [{}] without impersonating a user", listed.join(" "));
+        let named = |kind: &'static str| wishes.iter().filter(move |wish| wish.kind == kind);
+        let list = |values: Vec<&str>| match values.is_empty() {
+            true => "[]string(nil)".to_string(),
+            false => format!(
+                "[]string{{{}}}",
+                values.iter().map(|v| format!("{v:?}")).collect::<Vec<_>>().join(", ")
+            ),
+        };
+        let mut extra: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        named("UserExtra").for_each(|wish| extra.entry(&wish.key).or_default().push(&wish.name));
+        let extra = match extra.is_empty() {
+            true => "map[string][]string(nil)".to_string(),
+            false => {
+                let entries: Vec<String> =
+                    extra.into_iter().map(|(key, values)| format!("{key:?}:{}", list(values))).collect();
+                format!("map[string][]string{{{}}}", entries.join(", "))
+            }
+        };
+        let uid = named("UID").next().map_or("", |wish| wish.name.as_str());
+        let groups = list(named("Group").map(|wish| wish.name.as_str()).collect());
+        let message = format!(
+            "requested &user.DefaultInfo{{Name:\"\", UID:{uid:?}, Groups:{groups}, Extra:{extra}}} without \
+             impersonating a user name"
+        );
         return Err(Status::bad_request(message));
     }
     Ok(wishes)
@@ -198,6 +215,10 @@ mod tests {
             r#"users "jane" is forbidden: User "joe" cannot impersonate resource "users" in API group "" at the cluster scope"#
         );
         let alone = impersonated(&headers(&[(GROUP, "a")]), &admin, &authorizer).unwrap_err();
-        assert_eq!(alone.0.message, "requested [{Group  a    }] without impersonating a user");
+        assert_eq!(
+            alone.0.message,
+            "requested &user.DefaultInfo{Name:\"\", UID:\"\", Groups:[]string{\"a\"}, Extra:map[string][]string(nil)} \
+             without impersonating a user name"
+        );
     }
 }

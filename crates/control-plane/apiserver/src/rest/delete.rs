@@ -20,7 +20,7 @@ use crate::codec::{self, Expected};
 use crate::negotiate::Output;
 use crate::reply;
 use crate::rest::list;
-use crate::status::{Result, Status, success};
+use crate::status::{GroupResource, Result, Status, success};
 use crate::storage;
 use crate::write::text;
 
@@ -92,7 +92,7 @@ impl DeleteOptions {
             }
             if !matches!(policy.as_str(), "Foreground" | "Background" | "Orphan") {
                 let supported = ["Foreground", "Background", "Orphan", "nil"];
-                errors.push(FieldError::not_supported(&path, policy.as_str(), &supported));
+                errors.push(FieldError::not_supported_as_listed(&path, policy.as_str(), &supported));
             }
         }
         match errors.is_empty() {
@@ -199,7 +199,9 @@ pub async fn delete(call: &Call, name: &str, options: &DeleteOptions) -> Result<
 
 fn preconditions(call: &Call, object: &Value, options: &DeleteOptions) -> Result<()> {
     let name = text(object, "/metadata/name");
-    let conflict = |why: String| Err(Status::conflict(call.resource.group_resource(), name, why));
+    // Upstream names the kind here.
+    let of = GroupResource { group: &call.resource.storage.group, resource: &call.resource.storage.kind };
+    let conflict = |why: String| Err(Status::conflict(of, name, why));
     let (uid, version) = (text(object, "/metadata/uid"), text(object, "/metadata/resourceVersion"));
     if let Some(wanted) = options.uid.as_deref().filter(|wanted| *wanted != uid) {
         return conflict(format!(

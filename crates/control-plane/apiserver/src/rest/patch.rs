@@ -7,7 +7,7 @@ use http::Response;
 use sampan_kinds::{ErrorList, FieldError, Path};
 use sampan_schema::patch::{self, PatchError};
 use sampan_schema::{conform, decode};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::body::{self, Body};
 use crate::call::{Call, WriteOptions};
@@ -27,13 +27,6 @@ pub enum PatchType {
     Apply,
 }
 
-const ACCEPTED: [&str; 4] = [
-    "application/json-patch+json",
-    "application/merge-patch+json",
-    "application/strategic-merge-patch+json",
-    "application/apply-patch+yaml",
-];
-
 impl PatchType {
     pub fn of(call: &Call) -> Result<Self> {
         match negotiate::content_type(&call.parts.headers).as_str() {
@@ -41,7 +34,7 @@ impl PatchType {
             "application/merge-patch+json" => Ok(Self::Merge),
             "application/strategic-merge-patch+json" => Ok(Self::Strategic),
             "application/apply-patch+yaml" => Ok(Self::Apply),
-            _ => Err(Status::unsupported_media_type(&ACCEPTED)),
+            _ => Err(Status::no_such_patch()),
         }
     }
 }
@@ -56,9 +49,11 @@ pub async fn run(call: &Call, body: Body, target: &Target<'_>) -> Result<Respons
     let options = options(call, patch_type)?;
     let bytes = body::read(body).await?;
     let creates = patch_type == PatchType::Apply && target.subresource.is_empty();
-    let target = Target { create: creates, unconditional: true, ..*target };
-    let patch = Patch::parse(call, patch_type, &bytes, &options)?;
+    let target = Target { create: creates, unconditional: true, uid_is_precondition: false, ..*target };
+    let parsed = Patch::parse(patch_type, &bytes);
     let make = |stored: Option<&Value>| {
+        // An object that isn't there is missed before a patch that can't be read.
+        let patch = parsed.as_ref().map_err(Clone::clone)?;
         let live = stored.map(|stored| call.resource.from_storage(stored.clone()));
         let mut object = patch.apply(call, target.subresource, live.as_ref(), &options)?;
         check(call, &object, stored.is_none())?;
@@ -104,27 +99,24 @@ pub struct Patch {
 }
 
 impl Patch {
-    pub fn parse(call: &Call, patch_type: PatchType, bytes: &Bytes, options: &WriteOptions) -> Result<Self> {
-        let (value, mut strict) = match patch_type {
-            PatchType::Apply => {
-                let decoded = decode::yaml(bytes, None)
-                    .map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
-                let strict: Vec<String> = decoded.strict.iter().map(ToString::to_string).collect();
-                codec::note_strict(call, strict, options.validation, |why| {
-                    Status::bad_request(format!("error strict decoding YAML: {why}"))
-                })?;
-                (decoded.value, Vec::new())
-            }
-            _ => {
-                let decoded = decode::json(bytes, None)
-                    .map_err(|e| Status::bad_request(format!("error decoding patch: {e}")))?;
-                (decoded.value, decoded.strict.iter().map(ToString::to_string).collect::<Vec<_>>())
-            }
+    pub fn parse(patch_type: PatchType, bytes: &Bytes) -> Result<Self> {
+        let decoded = match patch_type {
+            PatchType::Apply => decode::yaml(bytes, None)
+                .map_err(|e| format!("error decoding YAML: error converting YAML to JSON: {e}")),
+            PatchType::Strategic => decode::json(bytes, None).map_err(|e| e.to_string()),
+            _ => decode::json(bytes, None).map_err(|e| format!("error decoding patch: {e}")),
         };
-        if patch_type == PatchType::Json {
-            strict = patch::json::unknown_fields(&value);
-        } else if !value.is_object() {
-            return Err(Status::bad_request("error decoding patch: the patch is not a JSON object"));
+        let decoded = decoded.map_err(Status::bad_request)?;
+        let (mut value, mut strict) = (decoded.value, strict_texts(&decoded.strict));
+        match patch_type {
+            PatchType::Json => {
+                let doubles = strict.into_iter().map(|text| format!("json patch {text}"));
+                strict = doubles.chain(patch::json::unknown_fields(&value)).collect();
+            }
+            PatchType::Apply | PatchType::Strategic if value.is_null() => value = Value::Object(Map::new()),
+            PatchType::Merge if value.is_null() => return Err(Status::bad_request("Invalid JSON Patch")),
+            _ if !value.is_object() => return Err(Status::bad_request(not_an_object(patch_type, &value))),
+            _ => {}
         }
         Ok(Self { patch_type, value, strict })
     }
@@ -147,12 +139,34 @@ impl Patch {
             _ => patch::strategic(&call.resource.schema, live, self.value.clone()),
         };
         let mut object = patched.map_err(|e| failed(&e))?;
-        let conformed =
-            conform::conform(&call.resource.schema, &mut object).map_err(|e| self.invalid(&e.to_string()))?;
+        let shown = match self.patch_type {
+            PatchType::Strategic => go_map(&self.value),
+            _ => object.to_string(),
+        };
+        self.check_kind(call, &mut object).map_err(|why| self.invalid(&shown, &why))?;
+        let conformed = conform::conform(&call.resource.schema, &mut object)
+            .map_err(|e| self.invalid(&shown, &e.to_string()))?;
         let unknown = conformed.unknown.iter().map(|path| format!("unknown field {path:?}"));
         let strict: Vec<String> = self.strict.iter().cloned().chain(unknown).collect();
-        codec::note_strict(call, strict, options.validation, |why| self.invalid(&why))?;
+        codec::note_strict(call, strict, options.validation, |why| self.invalid(&shown, &why))?;
         Ok(object)
+    }
+
+    /// No patch makes another kind of an object: a strategic one that tries is not heeded, others are refused.
+    fn check_kind(&self, call: &Call, object: &mut Value) -> std::result::Result<(), String> {
+        let (wanted_version, wanted_kind) = (call.resource.api_version(), call.resource.kind.as_str());
+        // What isn't said is what it was.
+        let is = |pointer: &str, wanted: &str| matches!(text(object, pointer), stated if stated.is_empty() || stated == wanted);
+        let same = is("/apiVersion", &wanted_version) && is("/kind", wanted_kind);
+        if !same && self.patch_type != PatchType::Strategic {
+            let (version, kind) = (text(object, "/apiVersion"), text(object, "/kind"));
+            return Err(codec::wrong_kind(version, kind, &call.resource.group, wanted_kind));
+        }
+        if let Some(fields) = object.as_object_mut() {
+            fields.insert("apiVersion".into(), wanted_version.into());
+            fields.insert("kind".into(), wanted_kind.into());
+        }
+        Ok(())
     }
 
     fn apply_config(
@@ -176,27 +190,63 @@ impl Patch {
         // Upstream's unknown fields of an apply are errors of its typed parser whatever the validation says; only
         // the JSON types are checked here.
         let mut object = managed::apply(call, options, subresource, live, &config)?;
+        // Doubles in the YAML are looked for last, as upstream does.
+        codec::note_strict(call, self.strict.clone(), options.validation, |why| {
+            let why = why.trim_start_matches("strict decoding error: ");
+            Status::bad_request(format!("error strict decoding YAML: error converting YAML to JSON: {why}"))
+        })?;
         conform::conform(&call.resource.schema, &mut object)
             .map_err(|e| Status::bad_request(e.to_string()))?;
         Ok(object)
     }
 
-    fn invalid(&self, why: &str) -> Status {
-        let shown = self.value.to_string();
+    fn invalid(&self, shown: &str, why: &str) -> Status {
         Status::invalid("", "", "", &vec![FieldError::invalid(&Path::new("patch"), shown, why)])
     }
 }
 
-fn failed(error: &PatchError) -> Status {
+pub fn failed(error: &PatchError) -> Status {
     match error {
         PatchError::Malformed(message) => Status::bad_request(message.as_str()),
-        PatchError::TooLarge(message) => Status::new(413, "RequestEntityTooLarge", message.as_str()),
+        PatchError::TooLarge(message) => Status::too_large(message),
         PatchError::Unprocessable(_) => {
             let mut status = Status::new(422, "Invalid", PatchError::UNPROCESSABLE_MESSAGE);
             status.0.detailed = true;
             status
         }
         PatchError::Internal(message) => Status::new(500, "", message.as_str()),
+    }
+}
+
+fn strict_texts(errors: &[decode::StrictError]) -> Vec<String> {
+    errors.iter().map(ToString::to_string).collect()
+}
+
+fn not_an_object(patch_type: PatchType, value: &Value) -> String {
+    let why = codec::cannot_unmarshal(value, "map[string]interface {}");
+    match patch_type {
+        PatchType::Apply => {
+            format!("error decoding YAML: error unmarshaling JSON: while decoding JSON: {why}")
+        }
+        PatchType::Merge => format!("error decoding patch: {why}"),
+        _ => why,
+    }
+}
+
+/// A value as Go's fmt shows a map of interfaces.
+fn go_map(value: &Value) -> String {
+    match value {
+        Value::Object(fields) => {
+            let mut keys: Vec<&String> = fields.keys().collect();
+            keys.sort();
+            let members: Vec<String> =
+                keys.into_iter().map(|key| format!("{key}:{}", go_map(&fields[key]))).collect();
+            format!("map[{}]", members.join(" "))
+        }
+        Value::Array(items) => format!("[{}]", items.iter().map(go_map).collect::<Vec<_>>().join(" ")),
+        Value::String(text) => text.clone(),
+        Value::Null => "<nil>".into(),
+        other => other.to_string(),
     }
 }
 
@@ -214,9 +264,9 @@ fn check(call: &Call, object: &Value, creating: bool) -> Result<()> {
     }
     let (namespace, wanted) = (text(object, "/metadata/namespace"), call.info.namespace.as_str());
     if call.resource.namespaced && namespace != wanted && !(creating && namespace.is_empty()) {
-        return Err(Status::bad_request(format!(
-            "the namespace of the object ({namespace}) does not match the namespace on the request ({wanted})"
-        )));
+        return Err(Status::bad_request(
+            "the namespace of the provided object does not match the namespace sent on the request",
+        ));
     }
     for (field, wanted) in [("apiVersion", call.resource.api_version()), ("kind", call.resource.kind.clone())]
     {

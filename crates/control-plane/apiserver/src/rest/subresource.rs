@@ -35,7 +35,7 @@ pub async fn serve(call: Call, body: Body) -> Result<Response<Body>> {
             return Err(Status::no_such_path());
         }
         if !known.verbs.contains(&call.info.verb) {
-            return Err(Status::method_not_allowed(call.resource.group_resource(), &call.info.verb));
+            return Err(Status::method_unknown());
         }
     }
     match (resource.as_str(), subresource.as_str()) {

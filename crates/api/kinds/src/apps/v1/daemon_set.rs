@@ -76,7 +76,7 @@ fn validate_strategy(object: &Value, errors: &mut ErrorList) {
         }
         _ => {
             let value = object.pointer("/spec/updateStrategy").cloned().unwrap_or_default();
-            errors.push(FieldError::not_supported(&path, value, &["OnDelete", "RollingUpdate"]));
+            errors.push(FieldError::not_supported_as_listed(&path, value, &["RollingUpdate", "OnDelete"]));
         }
     }
 }

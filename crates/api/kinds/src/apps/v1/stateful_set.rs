@@ -96,7 +96,8 @@ fn validate_claims(object: &Value, path: &Path, errors: &mut ErrorList) {
         for key in ["whenDeleted", "whenScaled"] {
             let policy = text(object, &format!("/spec/persistentVolumeClaimRetentionPolicy/{key}"));
             if !["Delete", "Retain"].contains(&policy) {
-                errors.push(FieldError::not_supported(&at.child(key), policy, &["Delete", "Retain"]));
+                let supported = ["Retain", "Delete"];
+                errors.push(FieldError::not_supported_as_listed(&at.child(key), policy, &supported));
             }
         }
     }

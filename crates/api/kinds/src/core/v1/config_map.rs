@@ -91,7 +91,7 @@ mod tests {
                 .starts_with("data[a b]: Invalid value: \"a b\": a valid config key")
         );
         let big = json!({"data": {"a": "x".repeat(MAX_SIZE_BYTES + 1)}});
-        assert_eq!(texts(validate(&big)), ["<nil>: Too long: may not be more than 1048576 bytes"]);
+        assert_eq!(texts(validate(&big)), ["[]: Too long: may not be more than 1048576 bytes"]);
         let old = json!({"immutable": true, "data": {"a": "1"}});
         let got = texts((KIND.rest.validate_update)(&json!({"immutable": true, "data": {"a": "2"}}), &old));
         assert_eq!(got, ["data: Forbidden: field is immutable when `immutable` is set"]);

@@ -83,12 +83,7 @@ pub const KIND: Kind = Kind {
     row: |object, now| {
         vec![table::name(object), text(object, "/status/phase").into(), table::age(object, now)]
     },
-    selectable: |object| {
-        vec![
-            ("status.phase", text(object, "/status/phase").to_string()),
-            ("name", text(object, "/metadata/name").to_string()),
-        ]
-    },
+    selectable: |object| vec![("status.phase", text(object, "/status/phase").to_string())],
     ..Kind::plain("", "v1", "Namespace")
 };
 

@@ -182,6 +182,8 @@ fn selectable(object: &Value) -> Vec<(&'static str, String)> {
         ("spec.hostNetwork", truth(object, "/spec/hostNetwork").to_string()),
         ("status.phase", text(object, "/status/phase").to_string()),
         ("status.podIP", pod_ip.to_string()),
+        // Known, but never set: upstream converts the label and forgets the value.
+        ("status.podIPs", String::new()),
         ("status.nominatedNodeName", text(object, "/status/nominatedNodeName").to_string()),
     ]
 }

@@ -153,7 +153,7 @@ pub fn one_of(value: &str, supported: &[&str], path: &Path, errors: &mut ErrorLi
     if value.is_empty() {
         errors.push(FieldError::required(path, ""));
     } else if !supported.contains(&value) {
-        errors.push(FieldError::not_supported(path, value, supported));
+        errors.push(FieldError::not_supported_as_listed(path, value, supported));
     }
 }
 
@@ -291,7 +291,7 @@ mod tests {
             (
                 json!({"restartPolicy": "x"}),
                 &[
-                    "spec.restartPolicy: Unsupported value: \"x\": supported values: \"Always\", \"Never\", \"OnFailure\"",
+                    "spec.restartPolicy: Unsupported value: \"x\": supported values: \"Always\", \"OnFailure\", \"Never\"",
                 ],
             ),
             (

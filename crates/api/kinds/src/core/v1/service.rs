@@ -1,7 +1,7 @@
 //! Service. Addresses and ports are allocated by the API server before these rules run, as upstream does.
 //!
 //! Upstream counterpart: pkg/registry/core/service/strategy.go, pkg/api/service/warnings.go, defaults.go.
-mod validation;
+pub mod validation;
 
 use serde_json::{Value, json};
 
@@ -58,6 +58,9 @@ fn defaults(object: &mut Value) {
     }
     if ["NodePort", "LoadBalancer", "ClusterIP"].contains(&text(spec, "/type")) {
         default_absent(spec, "internalTrafficPolicy", "Cluster");
+    } else {
+        // A name has no traffic here.
+        remove(spec, "internalTrafficPolicy");
     }
     if text(spec, "/type") == "LoadBalancer" {
         default_absent(spec, "allocateLoadBalancerNodePorts", true);

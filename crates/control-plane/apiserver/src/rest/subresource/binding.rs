@@ -42,7 +42,9 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
     let make = |stored: Option<&Value>| assign(stored.ok_or_else(|| pods.not_found())?, &binding, node);
     write::update(&pods, &target, &make, &options).await?;
     let output = Output { transform: Transform::None, ..call.output };
-    reply::typed_value(201, &plain_success(), codec::status_type(), output)
+    let mut success = plain_success();
+    success["code"] = 201.into();
+    reply::typed_value(201, &success, codec::status_type(), output)
 }
 
 fn assign(stored: &Value, binding: &Value, node: &str) -> Result<Value> {
@@ -51,10 +53,13 @@ fn assign(stored: &Value, binding: &Value, node: &str) -> Result<Value> {
     let conflict = |why: String| Err(Status::conflict(PODS_BINDING, name, why));
     let uid = text(binding, "/metadata/uid");
     if !uid.is_empty() && uid != text(stored, "/metadata/uid") {
-        return conflict(format!(
-            "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
+        let why = format!(
+            "StorageError: invalid object, Code: 4, Key: /pods/{}/{name}, ResourceVersion: 0, AdditionalErrorMsg: \
+             Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
+            text(stored, "/metadata/namespace"),
             text(stored, "/metadata/uid")
-        ));
+        );
+        return Err(Status::conflict(GroupResource { group: "", resource: "pods" }, name, why));
     }
     if stored.pointer("/metadata/deletionTimestamp").is_some() {
         return conflict(format!("pod {name} is being deleted, cannot be assigned to a host"));

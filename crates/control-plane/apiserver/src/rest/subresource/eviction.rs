@@ -61,7 +61,9 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
     }
     delete::delete(&pods, name, &deletion).await?;
     let output = Output { transform: Transform::None, ..call.output };
-    reply::typed_value(201, &plain_success(), codec::status_type(), output)
+    let mut success = plain_success();
+    success["code"] = 201.into();
+    reply::typed_value(201, &success, codec::status_type(), output)
 }
 
 fn needs_no_budget(pod: &Value) -> bool {

@@ -32,7 +32,11 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
     let wanted = Wanted::read(call, body, ty, &options).await?;
     let make = |stored: Option<&Value>| {
         let stored = stored.ok_or_else(|| call.not_found())?;
-        let scale = wanted.against(call, &scale_of(stored), ty, &options)?;
+        let mut present = scale_of(stored);
+        if let Wanted::Patch(PatchType::Apply, _) = wanted {
+            present["metadata"]["managedFields"] = owners_of_scale(stored, &call.resource.api_version());
+        }
+        let scale = wanted.against(call, &present, ty, &options)?;
         scaled(call, stored, &scale, &options)
     };
     // The parent's own rules: a changed replica count is a new generation.
@@ -77,10 +81,18 @@ impl Wanted {
                     PatchType::Merge => patch::merge(present.clone(), value.clone()),
                     _ => patch::strategic(ty, present.clone(), value.clone()),
                 };
-                patched.map_err(|e| Status::bad_request(e.to_string()))?
+                patched.map_err(|e| super::super::patch::failed(&e))?
             }
         };
-        conform::conform(ty, &mut scale).map_err(|e| Status::bad_request(e.to_string()))?;
+        let shown = scale.clone();
+        conform::conform(ty, &mut scale).map_err(|e| match self {
+            Self::Scale(_) => Status::bad_request(e.to_string()),
+            Self::Patch(..) => {
+                let path = Path::new("patch");
+                let errors = vec![FieldError::invalid(&path, shown.to_string(), e.to_string())];
+                Status::invalid("", "", "", &errors)
+            }
+        })?;
         if text(&scale, "/metadata/name") != call.info.name {
             let (name, wanted) = (text(&scale, "/metadata/name"), &call.info.name);
             return Err(Status::bad_request(format!(
@@ -92,7 +104,7 @@ impl Wanted {
 }
 
 fn apply_config(present: &Value, config: &Value, ty: &Type, options: &WriteOptions) -> Result<Value> {
-    let nothing = apply::FieldSet::of_paths([]);
+    let nothing = apply::Reset::fields([]);
     let writer = apply::Writer {
         manager: &options.manager,
         subresource: "scale",
@@ -101,7 +113,7 @@ fn apply_config(present: &Value, config: &Value, ty: &Type, options: &WriteOptio
         reset: &nothing,
     };
     let applied = apply::apply(ty, Some(present), config, options.force.unwrap_or(false), &writer);
-    applied.map(|applied| applied.object).map_err(|e| Status::bad_request(e.to_string()))
+    applied.map(|applied| applied.object).map_err(|e| managed::failed(&e))
 }
 
 /// The parent with the Scale's replicas.
@@ -126,8 +138,73 @@ fn scaled(call: &Call, stored: &Value, scale: &Value, options: &WriteOptions) ->
         "" => drop(parent["metadata"].as_object_mut().and_then(|meta| meta.remove("resourceVersion"))),
         version => parent["metadata"]["resourceVersion"] = version.into(),
     }
-    managed::track(call, options, "scale", Some(stored), &mut parent);
+    match scale.pointer("/metadata/managedFields") {
+        Some(owners) => {
+            parent["metadata"]["managedFields"] =
+                owners_of_parent(stored, owners, &call.resource.api_version());
+        }
+        None => managed::track(call, options, "scale", Some(stored), &mut parent),
+    }
     Ok(parent)
+}
+
+fn entries(object: &Value) -> impl Iterator<Item = &Value> {
+    object.pointer("/metadata/managedFields").and_then(Value::as_array).into_iter().flatten()
+}
+
+fn owns_replicas(entry: &Value) -> bool {
+    entry.pointer("/fieldsV1/f:spec/f:replicas").is_some()
+}
+
+/// Who owns the Scale's replicas, from who owns the parent's (upstream's ScaleHandler.ToSubresource).
+fn owners_of_scale(parent: &Value, api_version: &str) -> Value {
+    let owners = entries(parent).filter(|e| text(e, "/apiVersion") == api_version && owns_replicas(e));
+    owners
+        .map(|entry| {
+            let mut entry = entry.clone();
+            entry["apiVersion"] = "autoscaling/v1".into();
+            entry["fieldsV1"] = json!({"f:spec": {"f:replicas": {}}});
+            entry
+        })
+        .collect()
+}
+
+/// The parent's managed fields after a Scale with those owners was applied (upstream's ScaleHandler.ToParent).
+fn owners_of_parent(parent: &Value, owners: &Value, api_version: &str) -> Value {
+    let same = |a: &Value, b: &Value| {
+        ["/manager", "/operation", "/subresource"].iter().all(|part| text(a, part) == text(b, part))
+    };
+    let mut left: Vec<&Value> =
+        owners.as_array().into_iter().flatten().filter(|entry| owns_replicas(entry)).collect();
+    let mut out = Vec::new();
+    for entry in entries(parent) {
+        let mut entry = entry.clone();
+        if text(&entry, "/apiVersion") == api_version && owns_replicas(&entry) {
+            match left.iter().position(|owner| same(owner, &entry)) {
+                Some(at) => drop(left.remove(at)),
+                None => take_replicas(&mut entry),
+            }
+        }
+        if entry["fieldsV1"].as_object().is_some_and(|fields| !fields.is_empty()) {
+            out.push(entry);
+        }
+    }
+    out.extend(left.into_iter().map(|entry| {
+        let mut entry = entry.clone();
+        entry["apiVersion"] = api_version.into();
+        entry
+    }));
+    Value::Array(out)
+}
+
+fn take_replicas(entry: &mut Value) {
+    let Some(fields) = entry["fieldsV1"].as_object_mut() else { return };
+    if let Some(spec) = fields.get_mut("f:spec").and_then(Value::as_object_mut) {
+        spec.remove("f:replicas");
+        if spec.is_empty() {
+            fields.remove("f:spec");
+        }
+    }
 }
 
 /// The Scale of an object.
@@ -185,6 +262,30 @@ fn selector_text(selector: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_applied_scale_takes_the_replicas_from_their_owner() {
+        let entry = |manager: &str, fields: Value| {
+            json!({"manager": manager, "operation": "Apply",
+            "apiVersion": "apps/v1", "fieldsV1": fields})
+        };
+        let parent = json!({"metadata": {"managedFields": [
+            entry("a", json!({"f:spec": {"f:replicas": {}, "f:paused": {}}})),
+            entry("b", json!({"f:spec": {"f:replicas": {}}})),
+            entry("c", json!({"f:metadata": {}})),
+        ]}});
+        let owners = owners_of_scale(&parent, "apps/v1");
+        assert_eq!(owners.as_array().map(Vec::len), Some(2));
+        assert_eq!(owners[0]["apiVersion"], "autoscaling/v1");
+        let taken = json!([{"manager": "s", "operation": "Apply", "subresource": "scale",
+            "apiVersion": "autoscaling/v1", "fieldsV1": {"f:spec": {"f:replicas": {}}}}]);
+        let after = owners_of_parent(&parent, &taken, "apps/v1");
+        let names: Vec<&str> = after.as_array().unwrap().iter().map(|e| text(e, "/manager")).collect();
+        assert_eq!(names, ["a", "c", "s"]);
+        assert_eq!(after[0]["fieldsV1"], json!({"f:spec": {"f:paused": {}}}));
+        assert_eq!(after[2]["apiVersion"], "apps/v1");
+        assert_eq!(owners_of_parent(&parent, &owners, "apps/v1"), parent["metadata"]["managedFields"]);
+    }
 
     #[test]
     fn a_scale_shows_its_selector_as_text() {

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::super::pod_spec::annotations::MIRROR;
 use crate::field::{ErrorList, FieldError, Path};
 use crate::kind::Rest;
-use crate::object::{child, items, keep, same, text};
+use crate::object::{child, items, keep, remove, same, text};
 
 const KEPT: &[&str] = &[
     "deletionTimestamp",
@@ -24,8 +24,9 @@ fn prepare_ephemeral(new: &mut Value, old: &Value) {
     keep(new, old, "spec");
     keep(new, old, "status");
     super::keep_metadata(new, old, KEPT);
-    if let Some(containers) = containers {
-        child(new, "spec")["ephemeralContainers"] = containers;
+    match containers {
+        Some(containers) => child(new, "spec")["ephemeralContainers"] = containers,
+        None => drop(remove(child(new, "spec"), "ephemeralContainers")),
     }
     super::bump(new, old);
 }
@@ -70,3 +71,23 @@ pub const RESIZE: Rest = Rest {
     },
     ..Rest::ANY
 };
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn ephemeral_containers_stay() {
+        let old = json!({"metadata": {"name": "p"}, "spec": {"containers": [{"name": "c", "image": "i"}],
+            "ephemeralContainers": [{"name": "e", "image": "i"}]}});
+        let mut new = old.clone();
+        new["spec"].as_object_mut().unwrap().remove("ephemeralContainers");
+        prepare_ephemeral(&mut new, &old);
+        let errors = validate_ephemeral(&new, &old);
+        let gone =
+            "spec.ephemeralContainers: Forbidden: existing ephemeral containers \"e\" may not be removed\n";
+        assert!(errors.iter().any(|error| error.to_string() == gone), "{errors:?}");
+    }
+}

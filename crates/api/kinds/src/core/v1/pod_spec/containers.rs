@@ -158,7 +158,7 @@ fn validate_common(container: &Container, scope: &Scope<'_>, path: &Path, errors
         errors.push(FieldError::required(&path.child("image"), ""));
     }
     let policy = or_empty(&container.termination_message_policy);
-    let policies = &["FallbackToLogsOnError", "File"];
+    let policies = &["File", "FallbackToLogsOnError"];
     one_of(policy, policies, &path.child("terminationMessagePolicy"), errors);
     validate_ports(container.ports.as_deref().unwrap_or_default(), &path.child("ports"), errors);
     env::validate_env(container, &path.child("env"), errors);

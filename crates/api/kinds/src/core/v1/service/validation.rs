@@ -30,6 +30,20 @@ pub(super) fn validate(object: &Value, old: Option<&Value>) -> ErrorList {
     }
 }
 
+/// What is wrong with the addresses that a client has asked for, before any are allocated (upstream's
+/// ValidateServiceClusterIPsRelatedFields).
+pub fn validate_addresses(object: &Value) -> ErrorList {
+    let mut errors = ErrorList::new();
+    match spec_of(object) {
+        Ok(spec) if or_empty(&spec.type_) != "ExternalName" => {
+            cluster_ips(&spec, is_headless(object), None, &Path::new("spec"), &mut errors);
+        }
+        Ok(_) => {}
+        Err(error) => errors.push(error),
+    }
+    errors
+}
+
 fn validate_spec(
     object: &Value,
     spec: &ServiceSpec,
@@ -342,9 +356,10 @@ fn traffic(object: &Value, spec: &ServiceSpec, path: &Path, errors: &mut ErrorLi
         }
         _ => {}
     }
-    let distributions = ["PreferClose", "PreferSameNode", "PreferSameZone"];
+    let distributions = ["PreferClose", "PreferSameZone", "PreferSameNode"];
     if let Some(value) = spec.traffic_distribution.as_deref().filter(|d| !distributions.contains(d)) {
-        errors.push(FieldError::not_supported(&path.child("trafficDistribution"), value, &distributions));
+        let at = path.child("trafficDistribution");
+        errors.push(FieldError::not_supported_as_listed(&at, value, &distributions));
     }
 }
 
