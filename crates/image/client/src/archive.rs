@@ -1,12 +1,14 @@
 //! Images in tar archives: OCI layouts (`docker buildx`, `ctr export`, `skopeo`) and `docker save`'s older form.
 //!
-//! Upstream counterpart: containerd's `images/archive`. The archive stays a file; blobs are read in place. Archives
-//! are foreign input: names inside are keys of a table and never become paths.
+//! Upstream counterpart: containerd's `images/archive`. The archive stays a file (a compressed one is unpacked into a
+//! file without a name), or is a folder with an OCI layout; blobs are read in place. Archives are foreign input: names
+//! inside are keys of a table and never become paths.
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use sampan_drivers::runtime::{ImageError, Platform};
 use serde::Deserialize;
 
@@ -16,13 +18,20 @@ use crate::reference::Reference;
 /// More entries than any image archive has.
 const ENTRIES_MAX: usize = 1 << 20;
 const NESTING_MAX: u32 = 3;
+/// A compressed archive may not grow beyond this.
+const UNPACKED_MAX_BYTES: u64 = 64 << 30;
 
 pub struct Archive {
-    file: File,
+    place: Place,
     /// Name in the archive: (offset, size).
     entries: HashMap<String, (u64, u64)>,
     /// Blobs that an old docker archive keeps under other names.
     aliases: HashMap<String, String>,
+}
+
+enum Place {
+    Tar(File),
+    Folder(PathBuf),
 }
 
 /// One image of an archive.
@@ -56,11 +65,16 @@ fn invalid(e: impl std::fmt::Display) -> ImageError {
 
 impl Archive {
     pub fn open(path: &Path) -> Result<Archive, ImageError> {
-        let file = File::open(path).map_err(invalid)?;
+        let shown = |e: io::Error| invalid(format!("{}: {e}", path.display()));
+        if path.is_dir() {
+            let entries = layout_entries(path).map_err(shown)?;
+            return Ok(Archive { place: Place::Folder(path.into()), entries, aliases: HashMap::new() });
+        }
+        let file = plain(File::open(path).map_err(shown)?, path).map_err(shown)?;
         let mut entries = HashMap::new();
-        let mut tar = tar::Archive::new(BufReader::new(file.try_clone().map_err(invalid)?));
-        for entry in tar.entries_with_seek().map_err(invalid)? {
-            let entry = entry.map_err(invalid)?;
+        let mut tar = tar::Archive::new(BufReader::new(file.try_clone().map_err(shown)?));
+        for entry in tar.entries_with_seek().map_err(shown)? {
+            let entry = entry.map_err(shown)?;
             if !entry.header().entry_type().is_file() {
                 continue;
             }
@@ -70,7 +84,7 @@ impl Archive {
                 return Err(invalid("too many entries"));
             }
         }
-        Ok(Archive { file, entries, aliases: HashMap::new() })
+        Ok(Archive { place: Place::Tar(file), entries, aliases: HashMap::new() })
     }
 
     /// The images in it, with every platform that the archive really holds.
@@ -85,11 +99,34 @@ impl Archive {
     }
 
     /// The bytes of a blob; not verified.
-    pub fn blob(&self, digest: &str) -> Result<impl Read + use<>, ImageError> {
-        let name = self.blob_name(digest);
-        let (offset, size) = *self.entries.get(&name).ok_or_else(|| invalid(format!("{name} is missing")))?;
-        let file = self.file.try_clone().map_err(invalid)?;
-        Ok(Region { file, at: offset, left: size })
+    pub fn blob(&self, digest: &str) -> Result<impl Read + Send + use<>, ImageError> {
+        self.blob_from(digest, 0)
+    }
+
+    /// The same, from `offset` on.
+    pub fn blob_from(&self, digest: &str, offset: u64) -> Result<impl Read + Send + use<>, ImageError> {
+        let (file, at, size) = self.entry(&self.blob_name(digest))?;
+        let offset = offset.min(size);
+        Ok(Region { file, at: at + offset, left: size - offset })
+    }
+
+    /// A manifest or configuration, verified.
+    pub fn read(&self, digest: &str) -> Result<Vec<u8>, ImageError> {
+        self.verified(digest)
+    }
+
+    pub fn has(&self, digest: &str) -> bool {
+        self.entries.contains_key(&self.blob_name(digest))
+    }
+
+    /// A file of the archive: where its bytes begin and how many they are.
+    fn entry(&self, name: &str) -> Result<(File, u64, u64), ImageError> {
+        let (offset, size) = *self.entries.get(name).ok_or_else(|| invalid(format!("{name} is missing")))?;
+        let file = match &self.place {
+            Place::Tar(file) => file.try_clone(),
+            Place::Folder(folder) => File::open(folder.join(name)),
+        };
+        Ok((file.map_err(invalid)?, offset, size))
     }
 
     fn blob_name(&self, digest: &str) -> String {
@@ -97,14 +134,12 @@ impl Archive {
     }
 
     fn document(&self, name: &str) -> Result<Vec<u8>, ImageError> {
-        let (offset, size) = *self.entries.get(name).ok_or_else(|| invalid(format!("{name} is missing")))?;
+        let (file, at, size) = self.entry(name)?;
         if size > DOCUMENT_MAX_BYTES {
             return Err(invalid(format!("{name} has {size} bytes")));
         }
-        let mut file = &self.file;
-        file.seek(SeekFrom::Start(offset)).map_err(invalid)?;
         let mut bytes = Vec::with_capacity(size as usize);
-        file.take(size).read_to_end(&mut bytes).map_err(invalid)?;
+        Region { file, at, left: size }.read_to_end(&mut bytes).map_err(invalid)?;
         Ok(bytes)
     }
 
@@ -211,6 +246,53 @@ impl Archive {
         }
         Ok(images)
     }
+}
+
+/// The files of an OCI layout's folder: names that listing it gave, so that none leads elsewhere.
+fn layout_entries(folder: &Path) -> io::Result<HashMap<String, (u64, u64)>> {
+    let mut entries = HashMap::new();
+    let mut add = |path: &Path, name: String| -> io::Result<()> {
+        let found = std::fs::symlink_metadata(path)?;
+        if found.is_file() {
+            entries.insert(name, (0, found.len()));
+        }
+        Ok(())
+    };
+    add(&folder.join("index.json"), "index.json".into())?;
+    for entry in std::fs::read_dir(folder.join("blobs/sha256"))? {
+        let entry = entry?;
+        add(&entry.path(), format!("blobs/sha256/{}", entry.file_name().to_string_lossy()))?;
+    }
+    Ok(entries)
+}
+
+/// The tar itself: what is compressed is unpacked into a file beside it that has no name and goes with its last user.
+fn plain(mut file: File, path: &Path) -> io::Result<File> {
+    let mut head = [0; 4];
+    let got = file.read(&mut head)?;
+    file.seek(SeekFrom::Start(0))?;
+    let mut reader: Box<dyn Read> = match &head[..got] {
+        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::new(file))),
+        [0x28, 0xb5, 0x2f, 0xfd] => Box::new(
+            ruzstd::decoding::StreamingDecoder::new(BufReader::new(file))
+                .map_err(|e| io::Error::other(e.to_string()))?,
+        ),
+        _ => return Ok(file),
+    };
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut unpacked = nameless(folder)?;
+    let copied = io::copy(&mut reader.by_ref().take(UNPACKED_MAX_BYTES), &mut unpacked)?;
+    if copied == UNPACKED_MAX_BYTES {
+        return Err(io::Error::other(format!("unpacks to more than {UNPACKED_MAX_BYTES} bytes")));
+    }
+    unpacked.seek(SeekFrom::Start(0))?;
+    Ok(unpacked)
+}
+
+/// A file that has no name and goes with its last user.
+pub(crate) fn nameless(folder: &Path) -> io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    Ok(File::from(rustix::fs::open(folder, flags, Mode::from_raw_mode(0o600))?))
 }
 
 /// A part of a file, read with positions of its own.

@@ -8,19 +8,29 @@ use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue, LOCATION, RANGE, WWW_AUTHENTICATE};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, RANGE};
+use http::header::{USER_AGENT, WWW_AUTHENTICATE};
 use http::{Method, Request, Response, StatusCode, Uri};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use parking_lot::Mutex;
 use sampan_drivers::runtime::{Auth, ImageError, Platform};
 
+use crate::credentials::Keychain;
 use crate::manifest::{self, DOCUMENT_MAX_BYTES, Descriptor, Document, ImageConfig};
 use crate::reference::Reference;
 use crate::registries::{Endpoint, Registries};
-use crate::transport::Transport;
+use crate::source::Download;
+use crate::transport::{Body, Transport};
 
+mod answer;
+mod push;
 mod token;
+mod watched;
+
+use answer::{chain, check_digest, delay, judge, read_document, relative, same_host, unavailable, worse};
+
+pub use push::{Pushed, Upload};
 
 /// Until a response begins, and between two pieces of its body.
 const STALL: Duration = Duration::from_secs(30);
@@ -58,15 +68,42 @@ pub struct Resolved {
     pub document: Document,
 }
 
+/// What a token must allow besides reading the endpoint's repository.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Scope {
+    push: bool,
+    /// Another repository of the same registry, to mount blobs from.
+    from: Option<String>,
+}
+
+/// A request to a registry.
+struct Call<'a> {
+    method: Method,
+    url: String,
+    headers: Vec<(HeaderName, String)>,
+    body: Bytes,
+    scope: &'a Scope,
+}
+
+const PULL: &Scope = &Scope { push: false, from: None };
+
 pub struct Client {
     registries: Registries,
+    keychain: Keychain,
     transport: Transport,
     tokens: Mutex<HashMap<String, HeaderValue>>,
 }
 
 impl Client {
     pub fn new(registries: Registries) -> Client {
-        Client { registries, transport: Transport::default(), tokens: Mutex::default() }
+        let keychain = Keychain::default();
+        Client { registries, keychain, transport: Transport::default(), tokens: Mutex::default() }
+    }
+
+    /// Credentials for registries where neither the caller nor registries.yaml has any.
+    pub fn with_keychain(mut self, keychain: Keychain) -> Client {
+        self.keychain = keychain;
+        self
     }
 
     /// The index or manifest behind a name.
@@ -106,7 +143,7 @@ impl Client {
         let path = format!("blobs/{}", descriptor.digest);
         let mut last = ImageError::Unavailable("no endpoint".into());
         for endpoint in self.registries.endpoints(reference) {
-            for credential in self.credentials(&endpoint, auth) {
+            for credential in self.credentials(&endpoint, auth).await? {
                 let mut attempt = 0;
                 while attempt < ATTEMPTS {
                     let before = sink.offset();
@@ -126,6 +163,31 @@ impl Client {
             }
         }
         Err(last.into())
+    }
+
+    /// A blob's bytes from `offset` on, unverified, as a stream.
+    pub async fn open_blob(
+        &self,
+        reference: &Reference,
+        descriptor: &Descriptor,
+        auth: &[Auth],
+        offset: u64,
+    ) -> Result<Body, ImageError> {
+        let path = format!("blobs/{}", descriptor.digest);
+        let mut last = ImageError::Unavailable(format!("{reference}: no endpoint"));
+        for endpoint in self.registries.endpoints(reference) {
+            for credential in self.credentials(&endpoint, auth).await? {
+                match self.get(&endpoint, &path, None, offset, credential.as_ref()).await {
+                    Ok(response) => {
+                        let partial = response.status() == StatusCode::PARTIAL_CONTENT;
+                        let skip = if partial { 0 } else { offset };
+                        return Ok(Download { inner: response.into_body(), skip }.boxed_unsync());
+                    }
+                    Err(e) => last = worse(last, e),
+                }
+            }
+        }
+        Err(last)
     }
 
     /// The platforms that an image really has.
@@ -163,10 +225,11 @@ impl Client {
         digest: Option<&str>,
     ) -> Result<(String, Bytes), ImageError> {
         let mut last = ImageError::Unavailable(format!("{reference}: no endpoint"));
-        for endpoint in self.registries.endpoints(reference) {
-            for credential in self.credentials(&endpoint, auth) {
+        let endpoints = self.registries.endpoints(reference);
+        for (index, endpoint) in endpoints.iter().enumerate() {
+            for credential in self.credentials(endpoint, auth).await? {
                 for attempt in 1..=ATTEMPTS {
-                    match self.ask(&endpoint, credential.as_ref(), path, accept, digest).await {
+                    match self.ask(endpoint, credential.as_ref(), path, accept, digest).await {
                         Ok(found) => return Ok(found),
                         Err(e @ ImageError::Unavailable(_)) => {
                             tracing::debug!(host = endpoint.host, attempt, error = %e, "registry request failed");
@@ -178,7 +241,7 @@ impl Client {
                         }
                     }
                     // A mirror that is down must not hold up the next endpoint for long.
-                    if attempt == ATTEMPTS || endpoint.mirror_of.is_some() {
+                    if attempt == ATTEMPTS || index + 1 < endpoints.len() {
                         break;
                     }
                     tokio::time::sleep(delay(attempt)).await;
@@ -206,11 +269,15 @@ impl Client {
         Ok((media_type, bytes))
     }
 
-    fn credentials(&self, endpoint: &Endpoint, auth: &[Auth]) -> Vec<Option<Auth>> {
+    async fn credentials(&self, endpoint: &Endpoint, auth: &[Auth]) -> Result<Vec<Option<Auth>>, ImageError> {
         if endpoint.mirror_of.is_none() && !auth.is_empty() {
-            return auth.iter().cloned().map(Some).collect();
+            return Ok(auth.iter().cloned().map(Some).collect());
         }
-        vec![self.registries.auth(&endpoint.host)]
+        if let Some(auth) = self.registries.auth(&endpoint.host) {
+            return Ok(vec![Some(auth)]);
+        }
+        let found = self.keychain.auth(&endpoint.host, &endpoint.repository).await;
+        Ok(vec![found.map_err(|e| ImageError::Denied(e.to_string()))?])
     }
 
     async fn blob_once(
@@ -267,56 +334,68 @@ impl Client {
         if let Some(registry) = &endpoint.mirror_of {
             url = format!("{url}?ns={registry}");
         }
-        let key = token::key(endpoint, credential);
-        let mut authorization = self.tokens.lock().get(&key).cloned();
-        for round in 0..2 {
-            let response = self.follow(&url, accept, offset, authorization.clone(), endpoint).await?;
-            if response.status() == StatusCode::UNAUTHORIZED && round == 0 {
-                let challenges: Vec<String> = response
-                    .headers()
-                    .get_all(WWW_AUTHENTICATE)
-                    .iter()
-                    .filter_map(|v| Some(v.to_str().ok()?.to_string()))
-                    .collect();
-                let answer = token::answer(self, endpoint, &challenges, credential).await?;
-                let mut tokens = self.tokens.lock();
-                if tokens.len() >= TOKENS_MAX {
-                    tokens.clear();
-                }
-                tokens.insert(key.clone(), answer.clone());
-                authorization = Some(answer);
-                continue;
-            }
-            return judge(response, endpoint, path).await;
+        let mut headers = Vec::new();
+        if let Some(accept) = accept {
+            headers.push((ACCEPT, accept.to_string()));
         }
-        Err(ImageError::Denied(format!("{}/{}", endpoint.host, endpoint.repository)))
+        if offset > 0 {
+            headers.push((RANGE, format!("bytes={offset}-")));
+        }
+        let call = Call { method: Method::GET, url, headers, body: Bytes::new(), scope: PULL };
+        judge(self.exchange(endpoint, credential, &call).await?, endpoint, path).await
     }
 
-    /// Sends a GET and follows redirects; the authorization stays with the first host.
+    /// Sends a request with what authentication the registry asks for; any answer but a refusal of it is returned.
+    async fn exchange(
+        &self,
+        endpoint: &Endpoint,
+        credential: Option<&Auth>,
+        call: &Call<'_>,
+    ) -> Result<Response<Incoming>, ImageError> {
+        let key = token::key(endpoint, credential, call.scope);
+        let authorization = self.tokens.lock().get(&key).cloned();
+        let response = self.follow(call, authorization, endpoint).await?;
+        if response.status() != StatusCode::UNAUTHORIZED {
+            return Ok(response);
+        }
+        let challenges: Vec<String> = response
+            .headers()
+            .get_all(WWW_AUTHENTICATE)
+            .iter()
+            .filter_map(|v| Some(v.to_str().ok()?.to_string()))
+            .collect();
+        let answer = token::answer(self, endpoint, &challenges, credential, call.scope).await?;
+        {
+            let mut tokens = self.tokens.lock();
+            if tokens.len() >= TOKENS_MAX {
+                tokens.clear();
+            }
+            tokens.insert(key, answer.clone());
+        }
+        self.follow(call, Some(answer), endpoint).await
+    }
+
+    /// Sends a request and follows redirects; the authorization stays with the first host.
     async fn follow(
         &self,
-        url: &str,
-        accept: Option<&str>,
-        offset: u64,
+        call: &Call<'_>,
         authorization: Option<HeaderValue>,
         endpoint: &Endpoint,
     ) -> Result<Response<Incoming>, ImageError> {
+        let url = &call.url;
         let mut uri: Uri = url.parse().map_err(|e| ImageError::Invalid(format!("{url}: {e}")))?;
-        let first = uri.clone();
+        let own: Option<Uri> = endpoint.url.parse().ok();
         for _ in 0..REDIRECTS_MAX {
-            let mut request = Request::builder().method(Method::GET).uri(uri.clone());
-            if let Some(accept) = accept {
-                request = request.header(ACCEPT, accept);
-            }
-            if offset > 0 {
-                request = request.header(RANGE, format!("bytes={offset}-"));
+            let mut request = Request::builder().method(call.method.clone()).uri(uri.clone());
+            for (name, value) in &call.headers {
+                request = request.header(name, value);
             }
             if let Some(value) = &authorization
-                && (uri.authority(), uri.scheme()) == (first.authority(), first.scheme())
+                && own.as_ref().is_some_and(|own| same_host(own, &uri))
             {
                 request = request.header(AUTHORIZATION, value.clone());
             }
-            let response = self.send(request, Bytes::new(), endpoint).await?;
+            let response = self.send(request, call.body.clone(), endpoint).await?;
             if !response.status().is_redirection() || response.status() == StatusCode::NOT_MODIFIED {
                 return Ok(response);
             }
@@ -333,95 +412,32 @@ impl Client {
         body: Bytes,
         endpoint: &Endpoint,
     ) -> Result<Response<Incoming>, ImageError> {
+        let body = Full::new(body).map_err(|never| match never {}).boxed_unsync();
+        match tokio::time::timeout(STALL, self.send_body(request, body, endpoint)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(unavailable(endpoint, format!("no answer within {} s", STALL.as_secs()))),
+        }
+    }
+
+    /// Sends a request whose body may take long; the caller watches over it.
+    async fn send_body(
+        &self,
+        request: http::request::Builder,
+        body: Body,
+        endpoint: &Endpoint,
+    ) -> Result<Response<Incoming>, ImageError> {
         let request = request
-            .header(http::header::USER_AGENT, concat!("sampan/", env!("CARGO_PKG_VERSION")))
-            .body(Full::new(body))
+            .header(USER_AGENT, concat!("sampan/", env!("CARGO_PKG_VERSION")))
+            .body(body)
             .map_err(|e| ImageError::Invalid(e.to_string()))?;
         let host = request.uri().authority().map_or(endpoint.host.clone(), ToString::to_string);
-        let client =
-            self.transport.client(&host, self.registries.tls(&host)).map_err(|e| unavailable(endpoint, e))?;
-        match tokio::time::timeout(STALL, client.request(request)).await {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(e)) => Err(ImageError::Unavailable(format!("{host}: {}", chain(&e)))),
-            Err(_) => Err(ImageError::Unavailable(format!("{host}: no answer within {} s", STALL.as_secs()))),
+        let tls = self.registries.tls(&host);
+        let client = self.transport.client(&host, tls.as_ref()).map_err(|e| unavailable(endpoint, e))?;
+        match client.request(request).await {
+            Ok(response) => Ok(response),
+            Err(e) => Err(ImageError::Unavailable(format!("{host}: {}", chain(&e)))),
         }
     }
-}
-
-/// An error with its causes: hyper's own text says only "client error (Connect)".
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
-}
-
-fn unavailable(endpoint: &Endpoint, why: impl std::fmt::Display) -> ImageError {
-    ImageError::Unavailable(format!("{}: {why}", endpoint.host))
-}
-
-fn delay(attempt: u32) -> Duration {
-    FIRST_DELAY * 2u32.saturating_pow(attempt.saturating_sub(1).min(4))
-}
-
-/// Which of two errors says more about the image.
-fn worse(old: ImageError, new: ImageError) -> ImageError {
-    let rank = |e: &ImageError| match e {
-        ImageError::Unavailable(_) => 0,
-        ImageError::NotFound(_) => 1,
-        ImageError::Denied(_) => 2,
-        _ => 3,
-    };
-    if rank(&new) >= rank(&old) { new } else { old }
-}
-
-async fn judge(
-    response: Response<Incoming>,
-    endpoint: &Endpoint,
-    path: &str,
-) -> Result<Response<Incoming>, ImageError> {
-    let what = format!("{}/{}: {path}", endpoint.host, endpoint.repository);
-    let status = response.status();
-    match status.as_u16() {
-        200 | 206 => Ok(response),
-        404 => Err(ImageError::NotFound(what)),
-        401 | 403 => Err(ImageError::Denied(format!(
-            "{what}: {status}: repository does not exist or may require authorization"
-        ))),
-        408 | 425 | 429 | 500..=599 => Err(ImageError::Unavailable(format!("{what}: {status}"))),
-        _ => Err(ImageError::Invalid(format!("{what}: unexpected status {status}"))),
-    }
-}
-
-async fn read_document(response: Response<Incoming>) -> Result<Bytes, ImageError> {
-    let body = Limited::new(response.into_body(), DOCUMENT_MAX_BYTES as usize);
-    match tokio::time::timeout(STALL, body.collect()).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => {
-            Err(ImageError::Invalid(format!("document over {DOCUMENT_MAX_BYTES} bytes")))
-        }
-        Ok(Err(e)) => Err(ImageError::Unavailable(e.to_string())),
-        Err(_) => Err(ImageError::Unavailable("the registry stopped sending".into())),
-    }
-}
-
-fn check_digest(bytes: &[u8], wanted: &str) -> Result<(), ImageError> {
-    let got = manifest::digest(bytes);
-    if got == wanted {
-        return Ok(());
-    }
-    Err(ImageError::Invalid(format!("digest is {got}, not the {wanted} asked for")))
-}
-
-fn relative(base: &Uri, location: &str) -> Option<Uri> {
-    if location.starts_with("http://") || location.starts_with("https://") {
-        return location.parse().ok();
-    }
-    let path = location.starts_with('/').then_some(location)?;
-    format!("{}://{}{path}", base.scheme_str()?, base.authority()?).parse().ok()
 }
 
 #[cfg(test)]

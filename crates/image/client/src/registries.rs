@@ -28,6 +28,9 @@ pub enum RegistriesError {
 pub struct Registries {
     mirrors: BTreeMap<String, Option<Mirror>>,
     configs: BTreeMap<String, Option<HostConfig>>,
+    /// Registries may be spoken to in plain HTTP, or with any certificate.
+    #[serde(skip)]
+    insecure: bool,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -100,6 +103,19 @@ impl Registries {
         Ok(registries)
     }
 
+    /// `--insecure`: registries that are reached by no other way are reached without TLS or its verification.
+    pub fn allow_insecure(mut self) -> Registries {
+        self.insecure = true;
+        self
+    }
+
+    /// Where `reference` is pushed to: the registry itself, never one of its mirrors.
+    pub fn own_endpoints(&self, reference: &Reference) -> Vec<Endpoint> {
+        let mut endpoints = self.endpoints(reference);
+        endpoints.retain(|e| e.mirror_of.is_none());
+        endpoints
+    }
+
     /// Where to ask for `reference`, in order.
     pub fn endpoints(&self, reference: &Reference) -> Vec<Endpoint> {
         let registry = reference.registry.as_str();
@@ -123,7 +139,12 @@ impl Registries {
         // A mirror entry may name the registry itself, for another scheme: then that is how it is reached.
         match endpoints.iter_mut().find(|e| e.host == own.host && e.repository == own.repository) {
             Some(same) => same.mirror_of = None,
-            None => endpoints.push(own),
+            None => {
+                let other = if own.url.starts_with("https") { "http" } else { "https" };
+                let other = Endpoint { url: format!("{other}://{host}/v2"), ..own.clone() };
+                endpoints.push(own);
+                endpoints.extend(self.insecure.then_some(other));
+            }
         }
         endpoints
     }
@@ -135,8 +156,12 @@ impl Registries {
         found.and_then(Option::as_ref)
     }
 
-    pub fn tls(&self, host: &str) -> Option<&Tls> {
-        self.config(host)?.tls.as_ref()
+    pub fn tls(&self, host: &str) -> Option<Tls> {
+        let tls = self.config(host).and_then(|c| c.tls.clone());
+        match self.insecure {
+            true => Some(Tls { insecure_skip_verify: true, ..tls.unwrap_or_default() }),
+            false => tls,
+        }
     }
 
     pub fn auth(&self, host: &str) -> Option<Auth> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::combinators::UnsyncBoxBody;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -20,7 +20,10 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme
 
 use crate::registries::Tls;
 
-pub(crate) type HttpClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+/// What is sent, or what comes: a few bytes, a file's part, or another registry's answer.
+pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+
+pub(crate) type HttpClient = Client<HttpsConnector<HttpConnector>, Body>;
 
 const IDLE: Duration = Duration::from_secs(5);
 const CONNECT: Duration = Duration::from_secs(10);

@@ -9,12 +9,12 @@ use sampan_drivers::runtime::{Auth, ImageError};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::{Client, judge, read_document};
+use super::{Client, Scope, judge, read_document};
 use crate::manifest::hex_digest;
 use crate::registries::Endpoint;
 
-/// Tokens are kept by registry, repository and whose they are.
-pub(super) fn key(endpoint: &Endpoint, credential: Option<&Auth>) -> String {
+/// Tokens are kept by registry, repository, what they allow and whose they are.
+pub(super) fn key(endpoint: &Endpoint, credential: Option<&Auth>, scope: &Scope) -> String {
     let mut hash = Sha256::new();
     if let Some(a) = credential {
         for part in [&a.username, &a.password, &a.identity_token, &a.registry_token] {
@@ -22,7 +22,9 @@ pub(super) fn key(endpoint: &Endpoint, credential: Option<&Auth>) -> String {
             hash.update([0]);
         }
     }
-    format!("{} {} {}", endpoint.url, endpoint.repository, hex_digest(&hash.finalize()))
+    let from = scope.from.as_deref().unwrap_or("");
+    let hash = hex_digest(&hash.finalize());
+    format!("{} {} {} {from} {hash}", endpoint.url, endpoint.repository, scope.push)
 }
 
 /// The Authorization header that satisfies one of `challenges`.
@@ -31,6 +33,7 @@ pub(super) async fn answer(
     endpoint: &Endpoint,
     challenges: &[String],
     credential: Option<&Auth>,
+    scope: &Scope,
 ) -> Result<HeaderValue, ImageError> {
     let denied = |why: &str| ImageError::Denied(format!("{}/{}: {why}", endpoint.host, endpoint.repository));
     if let Some(a) = credential.filter(|a| !a.registry_token.is_empty()) {
@@ -38,7 +41,7 @@ pub(super) async fn answer(
     }
     let parsed: Vec<Challenge> = challenges.iter().filter_map(|c| Challenge::parse(c)).collect();
     if let Some(bearer) = parsed.iter().find(|c| c.scheme == "bearer") {
-        return header(&format!("Bearer {}", token(client, endpoint, bearer, credential).await?));
+        return header(&format!("Bearer {}", token(client, endpoint, bearer, credential, scope).await?));
     }
     if parsed.iter().any(|c| c.scheme == "basic") {
         return match credential.and_then(basic) {
@@ -77,20 +80,26 @@ async fn token(
     endpoint: &Endpoint,
     challenge: &Challenge,
     credential: Option<&Auth>,
+    scope: &Scope,
 ) -> Result<String, ImageError> {
     let realm = challenge.get("realm").unwrap_or("");
     let service = challenge.get("service").unwrap_or("");
-    let scope = match challenge.get("scope") {
-        Some(scope) if !scope.is_empty() => scope.to_string(),
-        _ => format!("repository:{}:pull", endpoint.repository),
+    let scopes = match challenge.get("scope") {
+        _ if scope.push => {
+            let from = scope.from.iter().map(|from| format!("repository:{from}:pull"));
+            std::iter::once(format!("repository:{}:pull,push", endpoint.repository)).chain(from).collect()
+        }
+        Some(asked) if !asked.is_empty() => vec![asked.to_string()],
+        _ => vec![format!("repository:{}:pull", endpoint.repository)],
     };
-    let query = format!("service={}&scope={}", escape(service), escape(&scope));
+    let service = format!("service={}", escape(service));
     let refresh = credential.filter(|a| !a.identity_token.is_empty());
     let (request, body) = match refresh {
         Some(a) => {
             let form = format!(
-                "grant_type=refresh_token&client_id=sampan&refresh_token={}&{query}",
-                escape(&a.identity_token)
+                "grant_type=refresh_token&client_id=sampan&refresh_token={}&{service}&scope={}",
+                escape(&a.identity_token),
+                escape(&scopes.join(" "))
             );
             let request = Request::builder()
                 .method(Method::POST)
@@ -100,6 +109,7 @@ async fn token(
         }
         None => {
             let separator = if realm.contains('?') { '&' } else { '?' };
+            let query = scopes.iter().fold(service, |query, s| format!("{query}&scope={}", escape(s)));
             let mut request =
                 Request::builder().method(Method::GET).uri(format!("{realm}{separator}{query}"));
             if let Some(value) = credential.and_then(basic) {
@@ -120,7 +130,7 @@ async fn token(
     Ok(token)
 }
 
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
         match byte {

@@ -1,0 +1,84 @@
+//! What registries' answers mean: which errors are worth another try, and which of two says more.
+use http_body_util::{BodyExt, Limited};
+
+use super::*;
+
+/// An error with its causes: hyper's own text says only "client error (Connect)".
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
+}
+
+pub(super) fn same_host(a: &Uri, b: &Uri) -> bool {
+    (a.authority(), a.scheme()) == (b.authority(), b.scheme())
+}
+
+pub(super) fn unavailable(endpoint: &Endpoint, why: impl std::fmt::Display) -> ImageError {
+    ImageError::Unavailable(format!("{}: {why}", endpoint.host))
+}
+
+pub(super) fn delay(attempt: u32) -> Duration {
+    FIRST_DELAY * 2u32.saturating_pow(attempt.saturating_sub(1).min(4))
+}
+
+/// Which of two errors says more about the image.
+pub(super) fn worse(old: ImageError, new: ImageError) -> ImageError {
+    let rank = |e: &ImageError| match e {
+        ImageError::Unavailable(_) => 0,
+        ImageError::NotFound(_) => 1,
+        ImageError::Denied(_) => 2,
+        _ => 3,
+    };
+    if rank(&new) >= rank(&old) { new } else { old }
+}
+
+pub(super) async fn judge(
+    response: Response<Incoming>,
+    endpoint: &Endpoint,
+    path: &str,
+) -> Result<Response<Incoming>, ImageError> {
+    let what = format!("{}/{}: {path}", endpoint.host, endpoint.repository);
+    let status = response.status();
+    match status.as_u16() {
+        200 | 206 => Ok(response),
+        404 => Err(ImageError::NotFound(what)),
+        401 | 403 => Err(ImageError::Denied(format!(
+            "{what}: {status}: repository does not exist or may require authorization"
+        ))),
+        408 | 425 | 429 | 500..=599 => Err(ImageError::Unavailable(format!("{what}: {status}"))),
+        _ => Err(ImageError::Invalid(format!("{what}: unexpected status {status}"))),
+    }
+}
+
+pub(super) async fn read_document(response: Response<Incoming>) -> Result<Bytes, ImageError> {
+    let body = Limited::new(response.into_body(), DOCUMENT_MAX_BYTES as usize);
+    match tokio::time::timeout(STALL, body.collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => {
+            Err(ImageError::Invalid(format!("document over {DOCUMENT_MAX_BYTES} bytes")))
+        }
+        Ok(Err(e)) => Err(ImageError::Unavailable(e.to_string())),
+        Err(_) => Err(ImageError::Unavailable("the registry stopped sending".into())),
+    }
+}
+
+pub(super) fn check_digest(bytes: &[u8], wanted: &str) -> Result<(), ImageError> {
+    let got = manifest::digest(bytes);
+    if got == wanted {
+        return Ok(());
+    }
+    Err(ImageError::Invalid(format!("digest is {got}, not the {wanted} asked for")))
+}
+
+pub(super) fn relative(base: &Uri, location: &str) -> Option<Uri> {
+    if location.starts_with("http://") || location.starts_with("https://") {
+        return location.parse().ok();
+    }
+    let path = location.starts_with('/').then_some(location)?;
+    format!("{}://{}{path}", base.scheme_str()?, base.authority()?).parse().ok()
+}
