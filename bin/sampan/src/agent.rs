@@ -8,6 +8,7 @@ use http_body_util::Empty;
 use hyper_util::rt::TokioIo;
 use sampan_pki::LiveCertificate;
 
+use crate::agent_client;
 use crate::join::{self, Membership};
 use crate::node::{self, KubeletApi, NodeArgs};
 
@@ -41,11 +42,11 @@ async fn serve(args: Args) -> Result<()> {
     let membership = join_patiently(&args, &folder, &name).await?;
     let kubeconfig = membership.kubeconfig();
     sampan_world::files::write_atomic(&folder.join("kubelet.kubeconfig"), kubeconfig.as_bytes(), 0o600)?;
-    let client = node::client_of_kubeconfig(&kubeconfig).await?;
-    let kubelet = node::start(&args.node, &membership.cluster, client).await?;
     let live = LiveCertificate::new(&membership.pair)?;
+    let membership = Arc::new(membership);
+    let client = agent_client::new(membership.clone(), live.clone())?;
+    let kubelet = node::start(&args.node, &membership.cluster, client).await?;
     sampan_telemetry::supervise("tunnel", {
-        let membership = Arc::new(membership);
         move || keep_connected(membership.clone(), live.clone(), kubelet.clone())
     });
     node::wait_for_end().await;

@@ -24,6 +24,9 @@ pub enum Command {
         /// Run Debian's docker-registry in the lab, as registry.lab:5000
         #[arg(long)]
         registry: bool,
+        /// Make machines without an agent, for trying `sampan install` and `sampan join` on
+        #[arg(long)]
+        bare: bool,
         /// Seconds to wait until all nodes are Ready; 0 does not wait
         #[arg(long, default_value_t = 120)]
         wait: u64,
@@ -94,17 +97,18 @@ pub struct Node {
 
 pub fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Up { lab, nodes, api_port, images, registry, wait, server_arg, agent_arg } => {
+        Command::Up { lab, nodes, api_port, images, registry, bare, wait, server_arg, agent_arg } => {
             let up = Up {
                 name: lab.name,
                 nodes,
                 api_port,
                 images,
                 registry,
+                bare,
                 server_args: server_arg,
                 agent_args: agent_arg,
             };
-            up_and_wait(&up, wait)?;
+            up_and_wait(&up, if bare { 0 } else { wait })?;
         }
         Command::Down(lab) => {
             Lab::open(&lab.name)?.down()?;

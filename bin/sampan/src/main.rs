@@ -4,12 +4,18 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod agent;
+mod agent_client;
 mod config_file;
+mod fleet;
+mod image;
 mod join;
+mod kubelet_args;
 mod lab;
+mod manifest;
 mod manifests;
 mod node;
 mod platforms;
+mod registry;
 mod server;
 mod token;
 mod tunnel_endpoint;
@@ -37,13 +43,26 @@ enum Command {
     /// Manage the tokens that nodes join with
     #[command(subcommand)]
     Token(token::Command),
+    /// Serve images as an OCI registry
+    #[command(subcommand)]
+    Registry(registry::Command),
+    #[command(flatten)]
+    Fleet(fleet::Command),
     /// Run whole clusters on this one machine, for trying and testing
     #[command(subcommand)]
     Lab(lab::Command),
+    /// Make and push manifest lists: one image name for several architectures
+    #[command(subcommand)]
+    Manifest(manifest::Command),
+    /// Images of this node, of registries and of archives
+    #[command(subcommand)]
+    Image(image::Command),
 }
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
+    // the allocator asks for huge pages: two of them would be most of what a shim uses. Containers get them back.
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
     // these change namespaces or must stay tiny: before any thread exists
     if let Some(code) = sampan_lab::hidden(&args[1..]) {
         return ExitCode::from(u8::try_from(code).unwrap_or(1));
@@ -59,6 +78,10 @@ fn main() -> ExitCode {
         Command::Server(args) => server::run(*args),
         Command::Agent(args) => agent::run(*args),
         Command::Token(command) => token::run(command),
+        Command::Manifest(command) => manifest::run(command),
+        Command::Image(command) => image::run(command),
+        Command::Registry(command) => registry::run(command),
+        Command::Fleet(command) => return fleet::run(command),
         Command::Lab(command) => return lab::run(command).unwrap_or_else(|e| fail(&e)),
     };
     result.map_or_else(|e| fail(&e), |()| ExitCode::SUCCESS)

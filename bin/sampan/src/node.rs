@@ -37,6 +37,9 @@ pub struct NodeArgs {
     /// Taint for the node when it registers, KEY=VALUE:EFFECT, may be repeated
     #[arg(long)]
     pub node_taint: Vec<String>,
+    /// Setting of the kubelet, KEY=VALUE with upstream's names (max-pods, eviction-hard, ...), may be repeated
+    #[arg(long)]
+    kubelet_arg: Vec<String>,
     /// Mirrors and credentials of registries, as in K3s
     #[arg(long, default_value = "/etc/sampan/registries.yaml")]
     pub private_registry: PathBuf,
@@ -135,18 +138,18 @@ pub async fn start(args: &NodeArgs, cluster: &Cluster, client: kube::Client) -> 
     std::fs::create_dir_all(&data).with_context(|| format!("making {}", data.display()))?;
     let dns_ip: IpAddr = cluster.cluster_dns.parse().context("the cluster's DNS address")?;
     let registries = registries(&args.private_registry)?;
-    let runtime: Arc<dyn Runtime> = Arc::new(
-        sampan_runtime::Node::open(RuntimeOptions {
-            data_dir: data.clone(),
-            run_dir: PathBuf::from("/run/sampan"),
-            cgroup_root: args.cgroup_root.clone(),
-            platform: args.platform()?,
-            registries,
-            shim_exe: std::env::current_exe().context("finding this program")?,
-        })
-        .await
-        .context("starting the container runtime")?,
-    );
+    let images = sampan_runtime::Node::open(RuntimeOptions {
+        data_dir: data.clone(),
+        run_dir: PathBuf::from("/run/sampan"),
+        cgroup_root: args.cgroup_root.clone(),
+        platform: args.platform()?,
+        registries,
+        shim_exe: std::env::current_exe().context("finding this program")?,
+    })
+    .await
+    .context("starting the container runtime")?;
+    crate::image::service::start(images.clone(), &data);
+    let runtime: Arc<dyn Runtime> = Arc::new(images);
     let informers = Informers::new(client.clone());
     let pods = PodNet::new(
         PodNetConfig {
@@ -188,6 +191,7 @@ pub async fn start(args: &NodeArgs, cluster: &Cluster, client: kube::Client) -> 
     config.manifests_dir = Some(data.join("pod-manifests"));
     config.log_dir = PathBuf::from("/var/log");
     config.cgroup_root = PathBuf::from("/sys/fs/cgroup").join(&args.cgroup_root);
+    crate::kubelet_args::apply(&mut config, &args.kubelet_arg)?;
     let kubelet = Kubelet::new(config, client, informers, runtime.clone(), network);
     supervise("kubelet", {
         let kubelet = kubelet.clone();

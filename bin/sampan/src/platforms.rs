@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct RegistryPlatforms {
     images: sampan_image::Client,
     client: Client,
-    answers: Mutex<HashMap<String, (Option<BTreeSet<String>>, Instant)>>,
+    answers: Mutex<HashMap<String, (Option<Vec<Platform>>, Instant)>>,
 }
 
 impl RegistryPlatforms {
@@ -44,35 +44,30 @@ impl RegistryPlatforms {
         found.into_iter().map(|(_, auth)| auth).collect()
     }
 
-    /// For the DaemonSet controller: the platforms that all images of the pod have, `None` where that is not known.
-    pub async fn of_pod(&self, namespace: String, spec: PodSpec) -> Option<BTreeSet<String>> {
+    /// For the DaemonSet controller: the platforms of each image that the pod has pulled, where they are known.
+    pub async fn of_pod(&self, namespace: String, spec: PodSpec) -> Vec<Vec<Platform>> {
         let secrets = spec.image_pull_secrets.unwrap_or_default();
         let pull_secrets: Vec<String> = secrets.into_iter().map(|s| s.name).collect();
         let containers = spec.init_containers.unwrap_or_default().into_iter().chain(spec.containers);
-        let images: BTreeSet<String> = containers.filter_map(|c| c.image).collect();
-        let mut common: Option<BTreeSet<String>> = None;
+        let pulled = containers.filter(|c| c.image_pull_policy.as_deref() != Some("Never"));
+        let images: BTreeSet<String> = pulled.filter_map(|c| c.image).collect();
+        let mut known = Vec::new();
         for image in images {
             let query =
                 ImageQuery { image, namespace: namespace.clone(), pull_secrets: pull_secrets.clone() };
-            let Some(platforms) = self.remembered(&query).await else { continue };
-            common = Some(match common {
-                None => platforms,
-                Some(common) => common.intersection(&platforms).cloned().collect(),
-            });
+            known.extend(self.remembered(&query).await);
         }
-        common
+        known
     }
 
-    async fn remembered(&self, query: &ImageQuery) -> Option<BTreeSet<String>> {
+    async fn remembered(&self, query: &ImageQuery) -> Option<Vec<Platform>> {
         let now = sampan_world::clock::monotonic();
         if let Some((answer, at)) = self.answers.lock().await.get(&query.image)
             && now.duration_since(*at) < FRESH
         {
             return answer.clone();
         }
-        let asked = tokio::time::timeout(PATIENCE, self.lookup(query)).await.ok().flatten();
-        let answer =
-            asked.map(|list| list.iter().map(sampan_image::platform::format).collect::<BTreeSet<_>>());
+        let answer = tokio::time::timeout(PATIENCE, self.lookup(query)).await.ok().flatten();
         let mut answers = self.answers.lock().await;
         answers.retain(|_, (_, at)| now.duration_since(*at) < FRESH);
         if answers.len() < ANSWERS_MAX {

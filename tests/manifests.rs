@@ -1,0 +1,548 @@
+//! `sampan manifest` and `sampan image` against Debian's docker-registry, skopeo and docker's own `manifest` commands.
+//!
+//! Upstream counterpart: docker/cli's e2e/manifest. Registries listen on 127.0.0.1; every case has its own, and its own
+//! home, so that nobody's `docker login` plays a part.
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Context, Result, ensure};
+use sampan_tests::image::{Entry, box_image, digest, layer};
+use sampan_tests::process::{Ran, run};
+use sampan_tests::{Space, Suite, cases, has, seconds, wait_for};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn main() -> ExitCode {
+    Suite::new("manifests", "amd64")
+        // what no container is made from must not go by itself while it is looked at
+        .server_arg("--kubelet-arg=image-gc-high-threshold=100")
+        .server_arg(
+            "--kubelet-arg=eviction-hard=memory.available<64Mi,imagefs.available<1%,nodefs.available<1%",
+        )
+        .with_registry()
+        .together(cases![
+            same_as_docker,
+            other_registry_and_repository,
+            wrong_architectures_are_told,
+            docker_credentials,
+            broken_connections,
+            copies_and_bundles,
+            errors_say_what_to_do,
+            images_of_a_node,
+        ])
+        .run()
+}
+
+/// docker-registry on a free port; it ends with this value.
+struct Peer {
+    host: String,
+    child: Child,
+    _folder: TempDir,
+}
+
+impl Peer {
+    fn start(auth: Option<&str>) -> Result<Peer> {
+        let folder = tempfile::tempdir()?;
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let host = format!("127.0.0.1:{port}");
+        let mut config = format!(
+            "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nhttp: {{addr: '{host}'}}\n\
+             storage: {{filesystem: {{rootdirectory: '{}'}}, delete: {{enabled: true}}}}\n",
+            folder.path().join("data").display()
+        );
+        if let Some(line) = auth {
+            let path = folder.path().join("htpasswd");
+            std::fs::write(&path, format!("{line}\n"))?;
+            config.push_str(&format!("auth: {{htpasswd: {{realm: r, path: '{}'}}}}\n", path.display()));
+        }
+        let path = folder.path().join("config.yml");
+        std::fs::write(&path, config)?;
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(&path);
+        Peer::run(command, host, folder).context("docker-registry: Debian's package of that name has it")
+    }
+
+    /// Our own, which knows where an upload stands after it broke; docker-registry 2 forgets it then.
+    fn ours(space: &Space) -> Result<Peer> {
+        let folder = tempfile::tempdir()?;
+        let host = format!("127.0.0.1:{}", TcpListener::bind("127.0.0.1:0")?.local_addr()?.port());
+        let mut command = Command::new(&space.cluster.sampan);
+        command.args(["registry", "serve"]).env("REGISTRY_HTTP_ADDR", &host);
+        command.env("REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY", folder.path());
+        Peer::run(command, host, folder)
+    }
+
+    fn run(mut command: Command, host: String, folder: TempDir) -> Result<Peer> {
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        let peer = Peer { host, child, _folder: folder };
+        wait_for("the registry", seconds(20), || {
+            Ok(TcpStream::connect(&peer.host).map(drop).map_err(|e| e.to_string()))
+        })?;
+        Ok(peer)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A user's home, with the commands run in it.
+struct Home<'a> {
+    space: &'a Space,
+    folder: TempDir,
+}
+
+impl Home<'_> {
+    fn new(space: &Space) -> Result<Home<'_>> {
+        Ok(Home { space, folder: tempfile::tempdir()? })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Result<Ran> {
+        let mut command = Command::new(program);
+        command.args(args).env("HOME", self.folder.path()).current_dir(self.folder.path());
+        command.env_remove("XDG_STATE_HOME").env_remove("DOCKER_CONFIG").env_remove("SAMPAN_MANIFESTS");
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}", self.folder.path().display()));
+        run(&mut command, b"", seconds(60))
+    }
+
+    fn sampan(&self, args: &[&str]) -> Result<Ran> {
+        self.command(&self.space.cluster.sampan, args)
+    }
+
+    fn skopeo(&self, args: &[&str]) -> Result<String> {
+        self.command("skopeo", &[&["--insecure-policy"], args].concat())?.ok()
+    }
+
+    /// What a registry has under a name, as it is.
+    fn raw(&self, name: &str) -> Result<Value> {
+        let name = format!("docker://{name}");
+        Ok(serde_json::from_str(&self.skopeo(&["inspect", "--raw", "--tls-verify=false", &name])?)?)
+    }
+
+    /// Pushes an image of one platform by skopeo, as Docker or OCI has it.
+    fn push(&self, name: &str, archive: &Path, arch: &str, format: &str) -> Result<()> {
+        let from = format!("oci-archive:{}", archive.display());
+        let to = format!("docker://{name}");
+        let args = [
+            "--override-arch",
+            arch,
+            "copy",
+            "-q",
+            "--dest-tls-verify=false",
+            "--format",
+            format,
+            &from,
+            &to,
+        ];
+        self.skopeo(&args).map(drop)
+    }
+
+    /// An archive of an image whose configuration says `arch` and whose shell is a program for `machine`.
+    fn archive(&self, arch: &str, machine: u16, payload: &[u8]) -> Result<PathBuf> {
+        let mut shell = b"\x7fELF\x02\x01\x01".to_vec();
+        shell.resize(18, 0);
+        shell.extend(machine.to_le_bytes());
+        shell.resize(64, 0);
+        let tar = layer(&[
+            Entry::Folder("bin/", 0o755),
+            Entry::Link("bin/sh", "busybox"),
+            Entry::File("bin/busybox", 0o755, &shell),
+            Entry::File("payload", 0o644, payload),
+            Entry::File("arch", 0o644, arch.as_bytes()),
+        ])?;
+        let path = self.path(&format!("{arch}-{machine}-{}.tar", payload.len()));
+        let kinds = ["layer.v1.tar", "config.v1+json", "manifest.v1+json"];
+        let [layer_type, config_type, type_] = kinds.map(|k| format!("application/vnd.oci.image.{k}"));
+        let mut blobs = BTreeMap::new();
+        let mut add = |bytes: Vec<u8>, media_type: &str| {
+            let described = json!({"mediaType": media_type, "digest": digest(&bytes), "size": bytes.len()});
+            blobs.insert(digest(&bytes), bytes);
+            described
+        };
+        let config = json!({"architecture": arch, "os": "linux", "config": {"Cmd": ["sh"]},
+            "rootfs": {"type": "layers", "diff_ids": [digest(&tar)]}});
+        let layers = json!([add(tar, &layer_type)]);
+        let config = add(config.to_string().into_bytes(), &config_type);
+        let manifest = json!({"schemaVersion": 2, "mediaType": type_, "config": config, "layers": layers});
+        let mut top = add(manifest.to_string().into_bytes(), &type_);
+        top["platform"] = json!({"os": "linux", "architecture": arch});
+        let index = json!({"schemaVersion": 2, "manifests": [top]}).to_string();
+        let mut out = tar::Builder::new(std::fs::File::create(&path)?);
+        let mut file = |name: &str, bytes: &[u8]| {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(0o644);
+            out.append_data(&mut header, name, bytes)
+        };
+        file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+        file("index.json", index.as_bytes())?;
+        for (digest, bytes) in &blobs {
+            file(&format!("blobs/{}", digest.replacen(':', "/", 1)), bytes)?;
+        }
+        out.finish()?;
+        Ok(path)
+    }
+}
+
+const AMD64: u16 = 62;
+const ARM64: u16 = 183;
+
+/// Docker's command line client: this machine's, or out of Debian's package.
+fn docker() -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if let Some(found) = std::env::split_paths(&path).map(|p| p.join("docker")).find(|p| p.is_file()) {
+        return Ok(found);
+    }
+    let folder = sampan_tests::cluster::target_folder()?.join("tmp/docker");
+    let program = folder.join("usr/bin/docker");
+    if program.exists() {
+        return Ok(program);
+    }
+    std::fs::create_dir_all(&folder)?;
+    let script = "get() { apt-get -qq download docker-cli || apt-get -qq download docker.io; }
+        get || { apt-get -qq update; get; }; for p in docker*.deb; do dpkg-deb -x $p .; done";
+    let ran = run(Command::new("sh").args(["-ec", script]).current_dir(&folder), b"", seconds(120))?;
+    ensure!(program.exists(), "no docker on this machine, and Debian's package did not come: {}", ran.text());
+    Ok(program)
+}
+
+/// The same commands by docker and by sampan: the same output, exit codes and pushed bytes.
+fn same_as_docker(s: &Space) -> Result<()> {
+    let (home, peer, docker) = (Home::new(s)?, Peer::start(None)?, docker()?);
+    let r = &peer.host;
+    let (amd, arm) = (home.archive("amd64", AMD64, b"")?, home.archive("arm64", ARM64, b"")?);
+    for (format, tag) in [("v2s2", "docker"), ("oci", "oci")] {
+        home.push(&format!("{r}/x:amd64-{tag}"), &amd, "amd64", format)?;
+        home.push(&format!("{r}/x:arm64-{tag}"), &arm, "arm64", format)?;
+        home.push(&format!("{r}/other/x:arm64-{tag}"), &arm, "arm64", format)?;
+    }
+    let script: &[&str] = &[
+        "create --insecure R/x:list R/x:arm64-docker R/x:amd64-docker",
+        "create --insecure R/x:list R/x:arm64-docker",
+        "create --insecure --amend R/x:list R/x:arm64-docker",
+        "inspect --insecure R/x:list",
+        "annotate R/x:list R/x:arm64-docker --variant v8 --os-features a,b --os-features c --os-version 1",
+        "inspect R/x:list R/x:arm64-docker",
+        "inspect -v R/x:list R/x:arm64-docker",
+        "inspect -v R/x:list",
+        "annotate R/x:list R/x:arm64-docker --arch foo",
+        "annotate R/x:list R/x:nope --arch amd64",
+        "annotate R/x:nope R/x:arm64-docker --arch amd64",
+        "push --insecure R/x:list",
+        "inspect --insecure R/x:arm64-docker",
+        "inspect --insecure -v R/x:arm64-oci",
+        "create --insecure R/x:oci R/other/x:arm64-oci R/x:amd64-oci",
+        "push --insecure -p R/x:oci",
+        "inspect --insecure R/x:oci",
+        "inspect --insecure --verbose R/x:oci",
+        "push --insecure R/x:oci",
+        "rm R/x:nope R/x:list",
+        "inspect R/x:list R/x:nope",
+        "inspect --insecure R/x:list",
+    ];
+    for line in script {
+        let line = line.replace("R/", &format!("{r}/"));
+        let words: Vec<&str> = ["manifest"].into_iter().chain(line.split(' ')).collect();
+        let theirs = home.command(&docker, &words)?;
+        let ours = home.sampan(&words)?;
+        let shown = format!("{line}\ndocker: {}{}sampan: {}{}", theirs.out, theirs.err, ours.out, ours.err);
+        ensure!((ours.code, &ours.out) == (theirs.code, &theirs.out), "{shown}");
+        // errors: docker's sentence, and perhaps what to do
+        ensure!(theirs.code == 0 || ours.err.contains(theirs.err.trim()), "{shown}");
+    }
+    let pending = home.sampan(&["manifest", "ls", "-q"])?.ok()?;
+    ensure!(pending.is_empty(), "still pending: {pending}");
+    home.sampan(&["manifest", "create", &format!("{r}/x:l"), &format!("{r}/x:amd64-oci")])?.ok()?;
+    let shown = home.sampan(&["manifest", "ls"])?.ok()?;
+    has(&shown, "/x:l")?;
+    has(&shown, "linux/amd64")?;
+    home.sampan(&["manifest", "rm", &format!("{r}/x:l")])?.ok().map(drop)
+}
+
+/// Members from another registry and another repository are brought along; the list is pushed in one step.
+fn other_registry_and_repository(s: &Space) -> Result<()> {
+    let (home, one, two) = (Home::new(s)?, Peer::start(None)?, Peer::start(None)?);
+    let (amd, arm) = (home.archive("amd64", AMD64, b"")?, home.archive("arm64", ARM64, b"")?);
+    let (first, second) = (format!("{}/a/amd:1", one.host), format!("{}/b/arm:1", two.host));
+    home.push(&first, &amd, "amd64", "oci")?;
+    home.push(&second, &arm, "arm64", "oci")?;
+    let target = format!("{}/c/both:1", one.host);
+    let from = format!("--from={first},{second}");
+    let ran = home.sampan(&["manifest", "push", &target, &from])?;
+    has(&ran.err, "mounted")?;
+    has(&ran.err, "copied")?;
+    ensure!(ran.err.lines().all(|l| !l.contains('\x1b')), "bars though nobody looks: {}", ran.err);
+    let pushed = ran.ok()?;
+    let list = home.raw(&target)?;
+    ensure!(list["mediaType"] == "application/vnd.oci.image.index.v1+json", "{list}");
+    ensure!(list["manifests"].as_array().is_some_and(|m| m.len() == 2), "{list}");
+    let top = home.skopeo(&[
+        "inspect",
+        "--tls-verify=false",
+        "--format",
+        "{{.Digest}}",
+        &format!("docker://{target}"),
+    ])?;
+    ensure!(pushed.lines().last() == Some(top.trim()), "{pushed}{top}");
+    // all of it is there: skopeo takes every platform
+    let everything = format!("oci:{}", home.path("all").display());
+    home.skopeo(&[
+        "copy",
+        "-q",
+        "--all",
+        "--src-tls-verify=false",
+        &format!("docker://{target}"),
+        &everything,
+    ])?;
+    // nothing stale: the member's tag moved, `create` sees what it is now
+    let list = format!("{}/c/again:1", one.host);
+    home.sampan(&["manifest", "create", &list, &first])?.ok()?;
+    home.push(&first, &home.archive("amd64", AMD64, b"newer")?, "amd64", "oci")?;
+    let before = home.sampan(&["manifest", "inspect", &list])?.ok()?;
+    home.sampan(&["manifest", "create", "-a", &list, &first])?.ok()?;
+    ensure!(before != home.sampan(&["manifest", "inspect", &list])?.ok()?, "an old manifest was kept");
+    Ok(())
+}
+
+fn wrong_architectures_are_told(s: &Space) -> Result<()> {
+    let (home, peer) = (Home::new(s)?, Peer::start(None)?);
+    let (list, name) = (format!("{}/x:l", peer.host), format!("{}/x:a", peer.host));
+    // labelled amd64, made of arm64 programs: the usual slip of a cross build
+    home.push(&name, &home.archive("amd64", ARM64, b"")?, "amd64", "oci")?;
+    let made = home.sampan(&["manifest", "create", &list, &name])?;
+    has(&made.err, "warning: ")?;
+    has(&made.err, "/bin/busybox in it is a program for arm64, the list will say linux/amd64")?;
+    ensure!(made.code == 0, "{}", made.text());
+    let right = home.sampan(&["manifest", "annotate", &list, &name, "--arch", "arm64"])?;
+    has(&right.err, "its configuration says linux/amd64, the list will say linux/arm64")?;
+    ensure!(!right.err.contains("program"), "{}", right.err);
+    let wrong = home.sampan(&["manifest", "annotate", &list, &name, "--arch", "riscv64"])?;
+    has(&wrong.err, "is a program for arm64")?;
+    let quiet = home.sampan(&["manifest", "create", "--no-check", "--amend", &list, &name])?;
+    ensure!(quiet.err.is_empty(), "{}", quiet.err);
+    Ok(())
+}
+
+/// user:secret
+const HTPASSWD: &str = "user:$2b$05$kvoflfB1aUsZDQFYrOCIVeyDy/7CYmm/d7t/6HAe8yPGJ/dAkve.C";
+
+fn docker_credentials(s: &Space) -> Result<()> {
+    let (home, peer) = (Home::new(s)?, Peer::start(Some(HTPASSWD))?);
+    let archive = format!("oci-archive:{}", home.archive("amd64", AMD64, b"")?.display());
+    let target = format!("{}/x:1", peer.host);
+    let copy = ["image", "copy", &archive, &target];
+    home.sampan(&copy)?.refused("docker login")?;
+    std::fs::create_dir(home.path(".docker"))?;
+    let config = |value: Value| std::fs::write(home.path(".docker/config.json"), value.to_string());
+    config(json!({"auths": {&peer.host: {"auth": "dXNlcjp3cm9uZw=="}}}))?;
+    home.sampan(&copy)?.refused(&peer.host)?;
+    config(json!({"auths": {&peer.host: {"auth": "dXNlcjpzZWNyZXQ="}}}))?;
+    home.sampan(&copy)?.ok()?;
+    config(json!({"credHelpers": {&peer.host: "nowhere"}}))?;
+    home.sampan(&["manifest", "inspect", &target])?.refused("docker-credential-nowhere")?;
+    let helper = home.path("docker-credential-here");
+    let script =
+        "#!/bin/sh\n[ \"$1\" = get ] && read host\necho '{\"Username\":\"user\",\"Secret\":\"secret\"}'\n";
+    std::fs::write(&helper, script)?;
+    std::fs::set_permissions(&helper, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    config(json!({"credsStore": "here"}))?;
+    has(&home.sampan(&["manifest", "inspect", &target])?.ok()?, "schemaVersion")?;
+    // registries.yaml, as nodes have it
+    config(json!({}))?;
+    let file = home.path("registries.yaml");
+    let yaml = format!("configs: {{'{}': {{auth: {{username: user, password: secret}}}}}}", peer.host);
+    std::fs::write(&file, yaml)?;
+    let file = format!("--private-registry={}", file.display());
+    home.sampan(&["manifest", "inspect", &file, &target])?.ok().map(drop)
+}
+
+/// A way to `to` where connections break after `after` bytes, whichever way those go, until `breaks` of them did.
+fn bad_line(to: &str, after: usize, breaks: usize) -> Result<(String, Arc<AtomicUsize>)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let (host, to) = (listener.local_addr()?.to_string(), to.to_string());
+    let broken = Arc::new(AtomicUsize::new(0));
+    let count = broken.clone();
+    std::thread::spawn(move || {
+        for near in listener.incoming().flatten() {
+            let Ok(far) = TcpStream::connect(&to) else { continue };
+            for (mut from, mut into) in
+                [(near.try_clone(), far.try_clone()), (far.try_clone(), near.try_clone())]
+                    .into_iter()
+                    .filter_map(|(a, b)| Some((a.ok()?, b.ok()?)))
+            {
+                let count = count.clone();
+                std::thread::spawn(move || {
+                    let (mut buffer, mut through) = (vec![0; 16 * 1024], 0);
+                    while let Ok(n @ 1..) = from.read(&mut buffer) {
+                        through += n;
+                        let breaks = through > after && count.fetch_add(1, Ordering::SeqCst) < breaks;
+                        if breaks || into.write_all(&buffer[..n]).is_err() {
+                            break;
+                        }
+                    }
+                    let _ = from.shutdown(std::net::Shutdown::Both);
+                    let _ = into.shutdown(std::net::Shutdown::Both);
+                });
+            }
+        }
+    });
+    Ok((host, broken))
+}
+
+fn broken_connections(s: &Space) -> Result<()> {
+    let (home, peer, ours) = (Home::new(s)?, Peer::start(None)?, Peer::ours(s)?);
+    let payload: Vec<u8> = (0..6_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let archive = home.archive("amd64", AMD64, &payload)?;
+    let from = format!("oci-archive:{}", archive.display());
+    // no connection lives long enough for the layer: only pieces put together make it whole
+    let (line, broken) = bad_line(&ours.host, 2_000_000, usize::MAX)?;
+    home.sampan(&["image", "copy", &from, &format!("{line}/x:1")])?.ok().context("pushing in pieces")?;
+    ensure!(broken.load(Ordering::SeqCst) >= 2, "the line never broke");
+    let plain = home.raw(&format!("{}/x:1", ours.host))?;
+    let (line, broken) = bad_line(&ours.host, 2_500_000, usize::MAX)?;
+    let out = home.path("out.tar").display().to_string();
+    home.sampan(&["image", "export", "-o", &out, &format!("{line}/x:1")])?
+        .ok()
+        .context("fetching in pieces")?;
+    ensure!(broken.load(Ordering::SeqCst) >= 2, "the line never broke");
+    let copied = home.skopeo(&["inspect", "--raw", &format!("oci-archive:{out}")])?;
+    ensure!(serde_json::from_str::<Value>(&copied)? == plain, "{copied}");
+    // a registry that forgets is sent all of it again
+    let (line, broken) = bad_line(&peer.host, 2_000_000, 2)?;
+    home.sampan(&["image", "copy", &from, &format!("{line}/x:1")])?.ok().context("pushing anew")?;
+    ensure!(broken.load(Ordering::SeqCst) >= 2, "the line never broke");
+    // one that breaks for good is told, not waited for
+    let (line, _) = bad_line(&peer.host, 1_000, usize::MAX)?;
+    home.sampan(&["image", "copy", &from, &format!("{line}/y:1")])?.refused(&line)
+}
+
+fn copies_and_bundles(s: &Space) -> Result<()> {
+    let (home, one, two) = (Home::new(s)?, Peer::start(None)?, Peer::start(None)?);
+    let (amd, arm) = (home.archive("amd64", AMD64, b"")?, home.archive("arm64", ARM64, b"")?);
+    let [a, b, list] = ["x:amd64", "x:arm64", "x:1"].map(|n| format!("{}/{n}", one.host));
+    home.push(&a, &amd, "amd64", "oci")?;
+    home.push(&b, &arm, "arm64", "v2s2")?;
+    let pushed = home.sampan(&["manifest", "push", &list, "--from", &format!("{a},{b}")])?.ok()?;
+    let top = pushed.trim().to_string();
+    // registry to registry: every platform, the same digest
+    let there = format!("{}/y/x:2", two.host);
+    has(&home.sampan(&["image", "copy", &list, &there])?.ok()?, &top)?;
+    ensure!(home.raw(&there)? == home.raw(&list)?, "the copy differs");
+    let single = format!("{}/y/x:arm", two.host);
+    home.sampan(&["image", "copy", "--platform", "linux/arm64", &list, &single])?.ok()?;
+    ensure!(home.raw(&single)?["manifests"].is_null(), "a single platform needs no list");
+    home.sampan(&["image", "copy", "--platform", "linux/s390x", &list, &single])?
+        .refused("linux/amd64, linux/arm64")?;
+    // several images, all platforms, in one bundle, and into a registry without the first
+    let bundle = home.path("bundle.tar").display().to_string();
+    home.sampan(&["image", "export", "-o", &bundle, &list, &a])?.ok()?;
+    drop(one);
+    let three = Peer::start(None)?;
+    let ran = home.sampan(&["image", "push", "--from", &bundle, "--to-registry", &three.host])?.ok()?;
+    has(&ran, &top)?;
+    ensure!(home.raw(&format!("{}/x:1", three.host))? == home.raw(&there)?, "the bundle differs");
+    // compressed, it is read as well
+    home.command("gzip", &["-k", &bundle])?.ok()?;
+    let four = Peer::start(None)?;
+    let packed = format!("{bundle}.gz");
+    home.sampan(&["image", "push", "--from", &packed, "--to-registry", &four.host])?.ok()?;
+    // what others make of the same file
+    let names = [format!("oci-archive:{bundle}:1"), format!("docker-archive:{bundle}:{list}")];
+    home.skopeo(&["inspect", "--raw", &names[0]])?;
+    has(&home.skopeo(&["inspect", "--config", &names[1]])?, "amd64")?;
+    // a byte that is not what its digest says
+    let mut bytes = std::fs::read(&bundle)?;
+    let at = bytes.windows(3).position(|w| w == [0x1f, 0x8b, 8]).context("a layer")?;
+    bytes[at + 40] ^= 1;
+    std::fs::write(home.path("bad.tar"), bytes)?;
+    let bad = home.path("bad.tar").display().to_string();
+    let five = Peer::start(None)?;
+    home.sampan(&["image", "push", "--from", &bad, "--to-registry", &five.host])?.refused("digest")
+}
+
+fn errors_say_what_to_do(s: &Space) -> Result<()> {
+    let (home, peer) = (Home::new(s)?, Peer::start(None)?);
+    let missing = format!("{}/none:1", peer.host);
+    for (args, want) in [
+        (vec!["manifest", "inspect", &missing], format!("no such manifest: {missing}")),
+        (vec!["manifest", "inspect", &missing], "check name and tag".into()),
+        (vec!["manifest", "push", &missing], format!("No such manifest: {missing}")),
+        (vec!["manifest", "inspect", "X!"], "invalid reference format".into()),
+        (vec!["manifest", "create", "127.0.0.1:1/x", "127.0.0.1:1/y"], "127.0.0.1:1/y:latest".into()),
+        (vec!["image", "copy", "127.0.0.1:1/y", "127.0.0.1:1/x"], "refused".into()),
+        (vec!["image", "copy", "oci-archive:none.tar", "127.0.0.1:1/x"], "none.tar".into()),
+        (vec!["image", "copy", "--platform", "a/b/c/d", &missing, &missing], "OS/ARCH".into()),
+        (vec!["image", "export", "-o", "x.tar", &missing], missing.clone()),
+        (vec!["image", "ls", "--data-dir", "nowhere"], "no node runs here".into()),
+    ] {
+        home.sampan(&args)?.refused(&want)?;
+    }
+    ensure!(
+        std::fs::read_dir(home.folder.path())?.all(|e| e.is_ok_and(|e| e.path().is_dir())),
+        "an archive is left"
+    );
+    Ok(())
+}
+
+/// Import, list, name, take out, throw away; and which nodes can run it.
+fn images_of_a_node(s: &Space) -> Result<()> {
+    let (home, peer) = (Home::new(s)?, Peer::start(None)?);
+    let (amd, arm) = (home.archive("amd64", AMD64, b"")?, home.archive("arm64", ARM64, b"")?);
+    let [a, b, list] = ["x:amd64", "x:arm64", "x:1"].map(|n| format!("{}/{n}", peer.host));
+    home.push(&a, &amd, "amd64", "oci")?;
+    home.push(&b, &arm, "arm64", "oci")?;
+    home.sampan(&["manifest", "push", &list, "--from", &format!("{a},{b}")])?.ok()?;
+    let bundle = s.folder().join("bundle.tar").display().to_string();
+    home.sampan(&["image", "export", "-o", &bundle, &list, &b])?.ok()?;
+    let sampan = s.cluster.sampan.display().to_string();
+    let node = |args: &[&str]| s.exec("amd64", &[&[sampan.as_str(), "image"], args].concat());
+    has(&node(&["import", &bundle])?.ok()?, &list)?;
+    let shown = node(&["ls"])?.ok()?;
+    has(&shown, &list)?;
+    has(&shown, "linux/amd64, linux/arm64")?;
+    ensure!(!shown.contains("x:arm64"), "another machine's image is listed:\n{shown}");
+    node(&["tag", &list, "here.example/named:1"])?.ok()?;
+    let told: Value = serde_json::from_str(&node(&["inspect", "here.example/named:1"])?.ok()?)?;
+    ensure!(told[0]["Architecture"] == "amd64" && told[0]["Config"]["Cmd"][0] == "sh", "{told}");
+    // taken out and in again, it is an image still
+    let out = "/root/out.tar";
+    node(&["export", "--from-node", "-o", out, "here.example/named:1"])?.ok()?;
+    let skopeo = ["skopeo", "--insecure-policy", "inspect", "--config", "oci-archive:/root/out.tar"];
+    has(&s.exec("amd64", &skopeo)?.ok()?, "amd64")?;
+    node(&["rm", &list, "here.example/named:1"])?.ok()?;
+    node(&["import", out])?.ok()?;
+    has(&node(&["ls"])?.ok()?, "here.example/named:1")?;
+    node(&["prune", "-a", "-f"])?.ok()?;
+    ensure!(!node(&["ls"])?.ok()?.contains("named"), "it was not pruned");
+    node(&["rm", "here.example/named:1"])?.refused("not on this node")?;
+    let nodes = s.sampan(&["image", "platforms", &list])?.ok()?;
+    has(&nodes, "linux/amd64, linux/arm64")?;
+    has(&nodes, "yes")?;
+    has(&s.sampan(&["image", "platforms", &b])?.ok()?, "there is no build for linux/amd64")?;
+    // pulled by hand, then used by a pod, which keeps it
+    let name = "registry.lab:5000/by-hand:1";
+    s.cluster.registry.as_ref().context("the suite has a registry")?.push("by-hand", &box_image()?)?;
+    has(&node(&["pull", name])?.ok()?, name)?;
+    node(&["pull", "registry.lab:5000/none:1"])?.refused("registry.lab:5000/none:1")?;
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {
+        "terminationGracePeriodSeconds": 1,
+        "containers": [{"name": "c", "image": name, "imagePullPolicy": "Never", "command": ["sleep", "1000"]}]}});
+    s.post(&s.path("pods"), &pod)?.ok()?;
+    s.running("p")?;
+    node(&["rm", name])?.refused("images-of-a-node/p/c is made from it")?;
+    node(&["prune", "-a", "-f"])?.ok()?;
+    has(&node(&["ls"])?.ok()?, name)
+}
