@@ -10,7 +10,7 @@ prepare:
 
 # A mixed three-node cluster that runs the examples, and is taken down again.
 demo: prepare
-	$(CARGO) build --release
+	$(CARGO) build --release -p sampan
 	./examples/demo.sh "$$($(CARGO) metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/sampan"
 
 test: prepare

@@ -229,6 +229,14 @@ impl Cluster {
         command
     }
 
+    /// The minor version of the kubectl in use: Debian 12's own is 20, and lacks commands that came later.
+    pub fn kubectl_minor(&self) -> Result<u32> {
+        let told = self.kubectl(&["version", "--client", "-o", "json"], "")?.ok()?;
+        let told: Value = serde_json::from_str(&told)?;
+        let minor = told["clientVersion"]["minor"].as_str().unwrap_or_default();
+        minor.trim_end_matches('+').parse().with_context(|| format!("the minor version {minor:?}"))
+    }
+
     /// `sampan lab VERB --name … ARGS`.
     pub fn lab(&self, verb: &str, args: &[&str]) -> Result<Ran> {
         run(lab(&self.sampan, &self.root, &self.name, verb).args(args), b"", COMMAND_LIMIT)

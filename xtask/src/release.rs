@@ -9,13 +9,13 @@ use anyhow::{Context, Result, bail, ensure};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Only this architecture: x86_64, aarch64 or armv7
+    /// Only this architecture: amd64, arm64 or arm
     #[arg(long)]
     only: Option<String>,
 }
 
 struct Target {
-    /// As in the file's name, and what `uname -m` says there (armv7l).
+    /// Kubernetes' name for it, as in the file's name: `sampan install --binary-dir` looks for it.
     arch: &'static str,
     triple: &'static str,
     builds_std: bool,
@@ -24,15 +24,15 @@ struct Target {
 }
 
 const TARGETS: &[Target] = &[
-    Target { arch: "x86_64", triple: "x86_64-unknown-linux-musl", builds_std: false, emulator: None },
+    Target { arch: "amd64", triple: "x86_64-unknown-linux-musl", builds_std: false, emulator: None },
     Target {
-        arch: "aarch64",
+        arch: "arm64",
         triple: "aarch64-unknown-linux-musl",
         builds_std: false,
         emulator: Some("qemu-aarch64-static"),
     },
     Target {
-        arch: "armv7",
+        arch: "arm",
         triple: "armv7-unknown-linux-musleabihf",
         builds_std: true,
         emulator: Some("qemu-arm-static"),
@@ -44,7 +44,7 @@ pub fn run(args: &Args) -> Result<()> {
         TARGETS.iter().filter(|t| args.only.as_deref().is_none_or(|only| only == t.arch)).collect();
     ensure!(
         !chosen.is_empty(),
-        "--only {}: not one of x86_64, aarch64, armv7",
+        "--only {}: not one of amd64, arm64, arm",
         args.only.as_deref().unwrap_or("")
     );
     let folder = target_folder()?;

@@ -143,8 +143,9 @@ async fn serve(args: Args) -> Result<()> {
     tracing::info!(address = %listen, ms = started.elapsed().as_millis() as u64, "the API is served");
 
     start_control_plane(&api, &args, &authority)?;
-    crate::manifests::start(client, folder.join("manifests"))?;
+    crate::manifests::start(client.clone(), folder.join("manifests"))?;
     if !args.disable_agent {
+        tokio::spawn(show_role(client, args.node.name()?));
         let identity = Identity::new(&format!("system:node:{}", args.node.name()?), &["system:nodes"]);
         let client = api.client(identity, "kubelet");
         node::start_local(&args.node, &addresses.cluster, client, &nodes).await?;
@@ -154,6 +155,21 @@ async fn serve(args: Args) -> Result<()> {
     api.shut_down();
     let _ = server.await;
     store.close().await.context("closing the store")
+}
+
+/// Shows this server's node with the role `control-plane`, as K3s does. No kubelet may give itself a role.
+async fn show_role(client: kube::Client, node: String) {
+    use kube::api::{Patch, PatchParams};
+    let nodes = kube::Api::<k8s_openapi::api::core::v1::Node>::all(client);
+    let patch =
+        serde_json::json!({"metadata": {"labels": {"node-role.kubernetes.io/control-plane": "true"}}});
+    let mut delay = std::time::Duration::from_millis(100);
+    while let Err(error) = nodes.patch(&node, &PatchParams::default(), &Patch::Merge(&patch)).await {
+        // it registers in a moment
+        tracing::debug!(%error, "labelling node {node}");
+        tokio::time::sleep(delay).await;
+        delay = (delay * 2).min(std::time::Duration::from_secs(10));
+    }
 }
 
 /// Agents do kube-proxy's work themselves, so nodes get its role.

@@ -34,7 +34,27 @@ pub fn run(args: &Args) -> Result<()> {
     for group in groups {
         remove_group(&group);
     }
+    remove_classes(&cgroup_root());
     Ok(())
+}
+
+/// Below which groups this machine's pods were, as its configuration says.
+fn cgroup_root() -> String {
+    let text = fs::read_to_string("/etc/sampan/config.yaml").unwrap_or_default();
+    let config: serde_yaml_ng::Value = serde_yaml_ng::from_str(&text).unwrap_or_default();
+    config.get("cgroup-root").and_then(|root| root.as_str()).unwrap_or_default().to_string()
+}
+
+/// The empty groups of all pods and of their classes, in every hierarchy; those in use stay.
+fn remove_classes(root: &str) {
+    let base = PathBuf::from("/sys/fs/cgroup");
+    let hierarchies = fs::read_dir(&base).into_iter().flatten().flatten().map(|entry| entry.path());
+    for hierarchy in hierarchies.chain([base.clone()]) {
+        let all = hierarchy.join(root).join("kubepods");
+        for group in [all.join("burstable"), all.join("besteffort"), all] {
+            let _ = fs::remove_dir(group);
+        }
+    }
 }
 
 struct Process {

@@ -29,7 +29,8 @@ fn v2(served: &[ResourceFact], parts: &Parts) -> Response<Body> {
     let accept = parts.headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or("");
     let protobuf = accept.contains(V2_PROTOBUF) || accept.contains(V2_PROTOBUF_OLD);
     let hash = format!("{}{}", openapi::v2_hash(served), if protobuf { "P" } else { "" });
-    let media_type = if protobuf { V2_PROTOBUF_OLD } else { "application/json" };
+    // always the newer name: the older, which old clients ask for, is no media type that Go parses
+    let media_type = if protobuf { V2_PROTOBUF } else { "application/json" };
     answer(parts, &hash, media_type, || {
         if protobuf { openapi::v2_protobuf(served) } else { openapi::v2(served) }
     })
