@@ -69,12 +69,14 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn build(target: &Target, tools: &Path) -> Result<()> {
-    let mut command = Command::new(cargo());
-    command.args(["zigbuild", "--release", "--package", "sampan", "--target", target.triple]);
+    let mut command = Command::new(tools.join("cargo-zigbuild"));
+    command.args(["rustc", "--release", "--package", "sampan", "--bin", "sampan", "--target", target.triple]);
     if target.builds_std {
         quiet(Command::new("rustup").args(["component", "add", "rust-src"]))?;
         // build-std is the one thing here that stable compilers have only behind this variable
         command.args(["-Zbuild-std=std,panic_unwind"]).env("RUSTC_BOOTSTRAP", "1");
+        // nor does rust-src bring the C library's start files, as ready-made targets do: they are zig's
+        command.args(["--", "-Clink-self-contained=no"]);
     } else {
         quiet(Command::new("rustup").args(["target", "add", target.triple]))?;
     }

@@ -13,11 +13,15 @@ const DNS: &str = "10.43.0.10:53";
 fn informers(services: Value, slices: Value) -> Informers {
     let serve = move |request: Request<kube::client::Body>| {
         let path = request.uri().path().to_string();
-        let (kind, items) =
-            if path.ends_with("/services") { ("Service", &services) } else { ("EndpointSlice", &slices) };
-        let is_watch = request.uri().query().is_some_and(|q| q.contains("watch=true"));
-        let list = json!({"kind": format!("{kind}List"), "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": items});
-        let body = if is_watch { String::new() } else { list.to_string() };
+        let items = if path.ends_with("/services") { &services } else { &slices };
+        let mut body = String::new();
+        if request.uri().query().is_some_and(|q| q.contains("sendInitialEvents=true")) {
+            for object in items.as_array().into_iter().flatten() {
+                body += &format!("{}\n", json!({"type": "ADDED", "object": object}));
+            }
+            let meta = json!({"resourceVersion": "1", "annotations": {"k8s.io/initial-events-end": "true"}});
+            body += &format!("{}\n", json!({"type": "BOOKMARK", "object": {"metadata": meta}}));
+        }
         async move { Ok::<_, std::convert::Infallible>(Response::new(Full::new(Bytes::from(body)))) }
     };
     Informers::new(kube::Client::new(tower::service_fn(serve), "default"))
