@@ -15,9 +15,9 @@ pub struct Args {
     /// The suite: an e2e.test of Kubernetes 1.36
     #[arg(long)]
     binary: PathBuf,
-    /// Only tests whose name matches
+    /// Only tests whose name matches this regular expression
     #[arg(long)]
-    focus: Option<String>,
+    focus: Option<regex::Regex>,
     /// Only tests of these files of the suite (`common/node/pods.go`), comma-separated
     #[arg(long, value_delimiter = ',')]
     file: Vec<String>,
@@ -181,7 +181,7 @@ fn choose<'a>(args: &Args, tests: &'a [Test], record: &BTreeMap<String, Outcome>
         }
     };
     let matches = |t: &&Test| {
-        args.focus.as_ref().is_none_or(|f| t.name.contains(f.as_str()))
+        args.focus.as_ref().is_none_or(|focus| focus.is_match(&t.name))
             && (args.file.is_empty() || args.file.iter().any(|f| t.file.ends_with(f.as_str())))
             && !(args.resume && record.get(&t.name).is_some_and(|o| o.passed))
     };

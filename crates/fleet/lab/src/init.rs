@@ -102,10 +102,11 @@ fn prepare(name: &str, folder: &Path, bare: bool) -> Result<(), LabError> {
     make(None, "/", None, MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
     // pods may ask for shared propagation inside the node
     let binary = keep(&std::env::current_exe().map_err(LabError::os("finding this program"))?)?;
+    // the folder may lie below one of these, and the layers of an overlay cannot be on another one: past the mounts
+    let (_held, folder) = keep(folder)?;
     let own = |sub: &str| keep(&folder.join(sub));
     let (data, tmp) = (own("data")?, own("tmp")?);
-    // /etc and /var are the machine's with the node's own changes on top. /var is last: the node's folder may lie below
-    // it, and the layers of an overlay cannot be on another one
+    // /etc and /var are the machine's with the node's own changes on top
     let more: &[&str] = if bare { BARE } else { &[] };
     for part in more.iter().chain(OWN) {
         let folded = part.replace('/', "-");
