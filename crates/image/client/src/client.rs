@@ -28,7 +28,9 @@ mod push;
 mod token;
 mod watched;
 
-use answer::{chain, check_digest, delay, judge, read_document, relative, same_host, unavailable, worse};
+use answer::{
+    again, chain, check_digest, delay, judge, read_document, relative, same_host, unavailable, worse,
+};
 
 pub use push::{Pushed, Upload};
 
@@ -229,22 +231,13 @@ impl Client {
         for (index, endpoint) in endpoints.iter().enumerate() {
             for credential in self.credentials(endpoint, auth).await? {
                 for attempt in 1..=ATTEMPTS {
-                    match self.ask(endpoint, credential.as_ref(), path, accept, digest).await {
+                    let error = match self.ask(endpoint, credential.as_ref(), path, accept, digest).await {
                         Ok(found) => return Ok(found),
-                        Err(e @ ImageError::Unavailable(_)) => {
-                            tracing::debug!(host = endpoint.host, attempt, error = %e, "registry request failed");
-                            last = worse(last, e);
-                        }
-                        Err(e) => {
-                            last = worse(last, e);
-                            break;
-                        }
-                    }
-                    // A mirror that is down must not hold up the next endpoint for long.
-                    if attempt == ATTEMPTS || index + 1 < endpoints.len() {
+                        Err(error) => error,
+                    };
+                    if !again(&mut last, error, endpoint, attempt, index + 1 == endpoints.len()).await {
                         break;
                     }
-                    tokio::time::sleep(delay(attempt)).await;
                 }
             }
         }

@@ -37,6 +37,27 @@ pub(super) fn worse(old: ImageError, new: ImageError) -> ImageError {
     if rank(&new) >= rank(&old) { new } else { old }
 }
 
+/// After a failure: keeps the error worth telling in `last`, waits, and says whether to try the same once more.
+pub(super) async fn again(
+    last: &mut ImageError,
+    error: ImageError,
+    endpoint: &Endpoint,
+    attempt: u32,
+    is_last_endpoint: bool,
+) -> bool {
+    let is_unavailable = matches!(error, ImageError::Unavailable(_));
+    if is_unavailable {
+        tracing::debug!(host = endpoint.host, attempt, %error, "registry request failed");
+    }
+    *last = worse(std::mem::replace(last, ImageError::Unavailable(String::new())), error);
+    // A mirror that is down must not hold up the next endpoint for long.
+    if !is_unavailable || attempt == ATTEMPTS || !is_last_endpoint {
+        return false;
+    }
+    tokio::time::sleep(delay(attempt)).await;
+    true
+}
+
 pub(super) async fn judge(
     response: Response<Incoming>,
     endpoint: &Endpoint,

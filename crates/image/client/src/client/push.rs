@@ -137,18 +137,13 @@ impl Client {
         for (index, endpoint) in endpoints.iter().enumerate() {
             for credential in self.credentials(endpoint, auth).await? {
                 for attempt in 1..=ATTEMPTS {
-                    match work(endpoint, credential.as_ref()).await {
+                    let error = match work(endpoint, credential.as_ref()).await {
                         Ok(done) => return Ok(done),
-                        Err(e @ ImageError::Unavailable(_)) => last = worse(last, e),
-                        Err(e) => {
-                            last = worse(last, e);
-                            break;
-                        }
-                    }
-                    if attempt == ATTEMPTS || index + 1 < endpoints.len() {
+                        Err(error) => error,
+                    };
+                    if !again(&mut last, error, endpoint, attempt, index + 1 == endpoints.len()).await {
                         break;
                     }
-                    tokio::time::sleep(delay(attempt)).await;
                 }
             }
         }
