@@ -17,8 +17,8 @@ pub struct Args {
     /// Where the numbers go
     #[arg(long, default_value = "target/bench/budgets.json")]
     out: PathBuf,
-    /// Seconds until an idle cluster is taken for settled
-    #[arg(long, default_value_t = 20)]
+    /// Seconds until an idle cluster is taken for settled: after a minute what the start has deferred is written
+    #[arg(long, default_value_t = 75)]
     settle_seconds: u64,
     /// Seconds over which an idle cluster is watched
     #[arg(long, default_value_t = 60)]

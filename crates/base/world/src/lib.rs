@@ -4,4 +4,5 @@
 //! simulation can run the control plane and a test can make the clock jump.
 pub mod clock;
 pub mod files;
+pub mod memory;
 pub mod random;

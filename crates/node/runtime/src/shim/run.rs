@@ -195,6 +195,7 @@ impl Shim {
         container.started = Some(started);
         self.reply(client, &Reply::Started { pid }, &[]);
         self.announce(&id);
+        sampan_world::memory::unmap_idle_code();
     }
 
     pub(super) fn hear_exec(&mut self, index: usize) {
