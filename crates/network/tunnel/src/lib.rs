@@ -67,4 +67,33 @@ mod tests {
         assert!(refused.err().unwrap().to_string().contains("refused"));
         assert!(nodes.dial("n2", Target::Kubelet).await.is_err(), "a node that never connected");
     }
+
+    /// More than fits into any window, to one who reads slowly, and closed at once.
+    #[tokio::test]
+    async fn what_was_said_before_the_end_arrives() {
+        const SIZE: usize = 4 << 20;
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let nodes = Arc::new(super::Nodes::default());
+        tokio::spawn(super::serve(far, |mut stream| async move {
+            stream.write_all(&vec![7; SIZE]).await.unwrap();
+            stream.shutdown().await.unwrap();
+        }));
+        let keeper = nodes.clone();
+        tokio::spawn(async move { keeper.hold("n1", near).await });
+        let mut stream = loop {
+            match nodes.dial("n1", Target::Kubelet).await {
+                Ok(stream) => break stream,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        };
+        let (mut got, mut buffer) = (0, vec![0; 100_000]);
+        loop {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            match stream.read(&mut buffer).await.unwrap() {
+                0 => break,
+                count => got += count,
+            }
+        }
+        assert_eq!(got, SIZE);
+    }
 }

@@ -3,16 +3,13 @@
 //! Certificates are not checked, as upstream. Redirects are followed within the host, ten at most; one that leads away
 //! ends a probe with a warning. Errors read as Go's client writes them, since people grep for those.
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::{Container, HTTPGetAction};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
@@ -111,7 +108,8 @@ async fn exchange(request: &Request, timeout: Duration) -> Result<(u16, String, 
     if !request.is_https {
         return speak(stream, request).await;
     }
-    let connector = tokio_rustls::TlsConnector::from(insecure()?);
+    let connector =
+        tokio_rustls::TlsConnector::from(sampan_pki::unverified::client_config().map_err(|e| e.to_string())?);
     let name = ServerName::try_from(request.host.clone()).map_err(|e| e.to_string())?;
     let stream = connector.connect(name, stream).await.map_err(|e| e.to_string())?;
     speak(stream, request).await
@@ -180,56 +178,6 @@ pub async fn probe(request: &Request, timeout: Duration) -> Outcome {
         }
         Ok((status, _)) => Outcome::Failure(format!("HTTP probe failed with statuscode: {status}")),
         Err(error) => Outcome::Failure(error),
-    }
-}
-
-fn insecure() -> Result<Arc<ClientConfig>, String> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()
-        .map_err(|e| e.to_string())?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anything(provider)))
-        .with_no_client_auth();
-    Ok(Arc::new(config))
-}
-
-/// Takes any certificate: a probe asks whether something answers, not who.
-#[derive(Debug)]
-struct Anything(Arc<rustls::crypto::CryptoProvider>);
-
-impl ServerCertVerifier for Anything {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
     }
 }
 

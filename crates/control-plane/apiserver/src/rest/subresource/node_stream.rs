@@ -51,7 +51,8 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
     if node.is_empty() {
         return Err(Status::bad_request(format!("pod {name} does not have a host assigned")));
     }
-    let to = Destination { node: node.to_string(), target: Target::Kubelet, host: node.to_string(), path };
+    let (node, target) = (node.to_string(), Target::Kubelet);
+    let to = Destination { host: node.clone(), node, target, path, tls: false, prefix: None };
     if subresource != "log" {
         return proxy::forward(call, to, body).await;
     }

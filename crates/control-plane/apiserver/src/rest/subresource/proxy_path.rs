@@ -27,12 +27,14 @@ pub async fn serve(call: &Call, body: Body) -> Result<Response<Body>> {
         return Ok(response);
     }
     let query = call.parts.uri.query().map(|query| format!("?{query}")).unwrap_or_default();
+    let prefix = call.parts.uri.path().strip_suffix(path.as_str()).unwrap_or_default().to_string();
     let path = format!("{}{query}", if path.is_empty() { "/" } else { &path });
-    let to = match call.resource.name.as_str() {
+    let mut to = match call.resource.name.as_str() {
         "nodes" => node(call, path).await?,
         "pods" => pod(call, path).await?,
         _ => service(call, path).await?,
     };
+    to.prefix = Some(prefix);
     proxy::forward(call, to, body).await
 }
 
@@ -74,7 +76,15 @@ async fn node(call: &Call, path: String) -> Result<Destination> {
     let kubelet =
         node.pointer("/status/daemonEndpoints/kubeletEndpoint/Port").and_then(Value::as_u64).unwrap_or(10250);
     if port.is_empty() || port.parse() == Ok(kubelet) {
-        return Ok(Destination { node: name.into(), target: Target::Kubelet, host: name.into(), path });
+        let target = Target::Kubelet;
+        return Ok(Destination {
+            node: name.into(),
+            target,
+            host: name.into(),
+            path,
+            tls: false,
+            prefix: None,
+        });
     }
     let port: u16 = port.parse().map_err(|_| invalid())?;
     let addresses = node.pointer("/status/addresses").and_then(Value::as_array).into_iter().flatten();
@@ -83,7 +93,7 @@ async fn node(call: &Call, path: String) -> Result<Destination> {
         .find(|address| text(address, "/type") == "InternalIP")
         .and_then(|address| text(address, "/address").parse::<IpAddr>().ok())
         .ok_or_else(|| Status::bad_request("address not allowed"))?;
-    Ok(tcp(name, ip, port, path))
+    Ok(tcp(name, ip, port, path, ""))
 }
 
 async fn pod(call: &Call, path: String) -> Result<Destination> {
@@ -98,19 +108,17 @@ async fn pod(call: &Call, path: String) -> Result<Destination> {
         "" => first().unwrap_or(80).try_into().map_err(|_| invalid())?,
         port => port.parse().map_err(|_| invalid())?,
     };
-    no_tls(scheme)?;
     let not_allowed = || Status::bad_request("address not allowed");
     let ip: IpAddr = text(&pod, "/status/podIP").parse().map_err(|_| not_allowed())?;
     if ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() {
         return Err(not_allowed());
     }
-    Ok(tcp(text(&pod, "/spec/nodeName"), ip, port, path))
+    Ok(tcp(text(&pod, "/spec/nodeName"), ip, port, path, scheme))
 }
 
 async fn service(call: &Call, path: String) -> Result<Destination> {
     let invalid = || Status::bad_request(format!("invalid service request {:?}", call.info.name));
     let (scheme, name, port) = split_id(&call.info.name).ok_or_else(invalid)?;
-    no_tls(scheme)?;
     let mut port_name = port.to_string();
     let services = call.on("", "v1", "services", name)?;
     let service = services.present().await?.value(&services.resource.storage)?;
@@ -151,18 +159,18 @@ async fn service(call: &Call, path: String) -> Result<Destination> {
         return Err(none(&call.info.name));
     }
     let (node, ip, port) = found.swap_remove(random::below(found.len() as u64) as usize);
-    Ok(tcp(&node, ip, port, path))
+    Ok(tcp(&node, ip, port, path, scheme))
 }
 
-/// Backends behind TLS would need their certificates checked by nobody; upstream skips the check, here it is refused.
-fn no_tls(scheme: &str) -> Result<()> {
-    match scheme {
-        "https" => Err(Status::bad_request("proxying to https backends is not supported")),
-        _ => Ok(()),
-    }
-}
-
-fn tcp(node: &str, ip: IpAddr, port: u16, path: String) -> Destination {
+/// Backends behind TLS have certificates that nobody here could check; as upstream, nobody does.
+fn tcp(node: &str, ip: IpAddr, port: u16, path: String, scheme: &str) -> Destination {
     let address = std::net::SocketAddr::new(ip, port);
-    Destination { node: node.to_string(), target: Target::Tcp(address), host: address.to_string(), path }
+    Destination {
+        node: node.to_string(),
+        target: Target::Tcp(address),
+        host: address.to_string(),
+        path,
+        tls: scheme == "https",
+        prefix: None,
+    }
 }
