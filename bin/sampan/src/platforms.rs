@@ -1,35 +1,30 @@
 //! Which platforms an image really has, asked of its registry through the server's mirrors and the pod's pull secrets.
-//!
-//! The scheduler bounds and caches its own questions; the DaemonSet controller asks on every sync, so answers are kept
-//! here for a minute, at most [`ANSWERS_MAX`].
-use std::collections::{BTreeSet, HashMap};
+//! Every question goes there: the scheduler's cache is before it.
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
-use k8s_openapi::api::core::v1::{PodSpec, Secret};
+use k8s_openapi::api::core::v1::Secret;
 use kube::{Api, Client};
+use sampan_drivers::platform::{ImageQuery, Platforms};
 use sampan_drivers::runtime::{Auth, Platform};
 use sampan_image::{Reference, Registries};
 use sampan_kubelet::pull;
-use sampan_scheduler::{ImageQuery, Platforms};
-use tokio::sync::Mutex;
-use tokio::time::Instant;
-
-const ANSWERS_MAX: usize = 256;
-const FRESH: Duration = Duration::from_secs(60);
-const PATIENCE: Duration = Duration::from_secs(5);
 
 pub struct RegistryPlatforms {
     images: sampan_image::Client,
     client: Client,
-    answers: Mutex<HashMap<String, (Option<Vec<Platform>>, Instant)>>,
 }
 
 impl RegistryPlatforms {
     /// `client` must be allowed to read pull secrets.
-    pub fn new(registries: Registries, client: Client) -> Arc<Self> {
-        Arc::new(Self { images: sampan_image::Client::new(registries), client, answers: Mutex::default() })
+    pub fn new(registries: Registries, client: Client) -> Self {
+        Self { images: sampan_image::Client::new(registries), client }
+    }
+
+    /// Asks nodes too what their images are.
+    pub fn with_mirror(mut self, mirror: Option<Arc<dyn sampan_image::Mirror>>) -> Self {
+        self.images = self.images.with_mirror(mirror);
+        self
     }
 
     /// Credentials for the image out of the pod's pull secrets.
@@ -42,38 +37,6 @@ impl RegistryPlatforms {
             }
         }
         found.into_iter().map(|(_, auth)| auth).collect()
-    }
-
-    /// For the DaemonSet controller: the platforms of each image that the pod has pulled, where they are known.
-    pub async fn of_pod(&self, namespace: String, spec: PodSpec) -> Vec<Vec<Platform>> {
-        let secrets = spec.image_pull_secrets.unwrap_or_default();
-        let pull_secrets: Vec<String> = secrets.into_iter().map(|s| s.name).collect();
-        let containers = spec.init_containers.unwrap_or_default().into_iter().chain(spec.containers);
-        let pulled = containers.filter(|c| c.image_pull_policy.as_deref() != Some("Never"));
-        let images: BTreeSet<String> = pulled.filter_map(|c| c.image).collect();
-        let mut known = Vec::new();
-        for image in images {
-            let query =
-                ImageQuery { image, namespace: namespace.clone(), pull_secrets: pull_secrets.clone() };
-            known.extend(self.remembered(&query).await);
-        }
-        known
-    }
-
-    async fn remembered(&self, query: &ImageQuery) -> Option<Vec<Platform>> {
-        let now = sampan_world::clock::monotonic();
-        if let Some((answer, at)) = self.answers.lock().await.get(&query.image)
-            && now.duration_since(*at) < FRESH
-        {
-            return answer.clone();
-        }
-        let answer = tokio::time::timeout(PATIENCE, self.lookup(query)).await.ok().flatten();
-        let mut answers = self.answers.lock().await;
-        answers.retain(|_, (_, at)| now.duration_since(*at) < FRESH);
-        if answers.len() < ANSWERS_MAX {
-            answers.insert(query.image.clone(), (answer.clone(), now));
-        }
-        answer
     }
 }
 

@@ -1,7 +1,8 @@
 //! `sampan image platforms`: which nodes of the cluster can run an image, and why others cannot.
 //!
-//! Upstream counterpart: none. The image's platforms are asked of its registry; nodes say theirs in
-//! `kubernetes.io/os` and `kubernetes.io/arch`. What keeps pods away for other reasons is told as well.
+//! Upstream counterpart: none. The image's platforms are asked of its registry; nodes say theirs in labels, by the rule
+//! that scheduling has (arm versions included), else in their status. What keeps pods away for other reasons is told as
+//! well.
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -30,7 +31,7 @@ pub struct Platforms {
 /// What is said of a node.
 struct Verdict {
     node: String,
-    platform: Platform,
+    platform: String,
     runs: bool,
     has: bool,
     why: Vec<String>,
@@ -50,8 +51,8 @@ pub async fn run(args: Platforms) -> Result<()> {
         let nodes: Vec<_> = verdicts
             .iter()
             .map(|v| {
-                json!({"node": v.node, "platform": platform::format(&v.platform), "runs": v.runs,
-                    "has": v.has, "reasons": v.why})
+                json!({"node": v.node, "platform": v.platform, "runs": v.runs, "has": v.has,
+                    "reasons": v.why})
             })
             .collect();
         let platforms: Vec<String> = built.iter().map(platform::format).collect();
@@ -61,29 +62,26 @@ pub async fn run(args: Platforms) -> Result<()> {
     }
     println!("{name} is built for {}", platform::list(&built));
     let word = |yes: bool| if yes { "yes" } else { "no" }.to_string();
-    let rows = verdicts.iter().map(|v| {
-        let platform = platform::format(&v.platform);
-        vec![v.node.clone(), platform, word(v.runs), word(v.has), v.why.join("; ")]
-    });
+    let rows = verdicts
+        .iter()
+        .map(|v| vec![v.node.clone(), v.platform.clone(), word(v.runs), word(v.has), v.why.join("; ")]);
     super::table(&["NODE", "PLATFORM", "RUNS IT", "HAS IT", "WHY"], rows.collect());
     Ok(())
 }
 
 fn verdict(node: &Node, name: &Reference, built: &[Platform]) -> Verdict {
-    let label = |key: &str| node.metadata.labels.as_ref().and_then(|l| l.get(key)).cloned();
+    let labels = node.metadata.labels.clone().unwrap_or_default();
     let info = node.status.as_ref().and_then(|s| s.node_info.as_ref());
-    let os = label("kubernetes.io/os").or(info.map(|i| i.operating_system.clone()));
-    let arch = label("kubernetes.io/arch").or(info.map(|i| i.architecture.clone()));
-    let machine = platform::normalise(&Platform {
-        os: os.unwrap_or_default(),
-        architecture: arch.unwrap_or_default(),
-        variant: None,
-    });
+    let reported = || {
+        let (os, architecture) = info.map(|i| (i.operating_system.clone(), i.architecture.clone()))?;
+        Some(platform::normalise(&Platform { os, architecture, variant: None }))
+    };
+    // without either every image is allowed, as in scheduling
+    let machine = sampan_drivers::platform::of_node(&labels).or_else(reported);
     let mut why = Vec::new();
-    let mut runs = platform::choose(&machine, built).is_some();
-    if !runs {
-        why.push(format!("there is no build for {}", platform::format(&machine)));
-    }
+    let unfit = machine.as_ref().filter(|m| platform::choose(m, built).is_none());
+    let mut runs = unfit.is_none();
+    why.extend(unfit.map(|m| format!("there is no build for {m}")));
     let ready = node.status.iter().flat_map(|s| s.conditions.iter().flatten()).find(|c| c.type_ == "Ready");
     if ready.is_none_or(|c| c.status != "True") {
         runs = false;
@@ -103,9 +101,10 @@ fn verdict(node: &Node, name: &Reference, built: &[Platform]) -> Verdict {
         }
     }
     let images = node.status.iter().flat_map(|s| s.images.iter().flatten());
-    let full = name.to_string();
+    let full = sampan_drivers::platform::reported_name(&name.to_string());
     let has = images.flat_map(|i| i.names.iter().flatten()).any(|n| *n == full);
-    Verdict { node: node.metadata.name.clone().unwrap_or_default(), platform: machine, runs, has, why }
+    let platform = machine.map_or("unknown".to_string(), |m| m.to_string());
+    Verdict { node: node.metadata.name.clone().unwrap_or_default(), platform, runs, has, why }
 }
 
 #[cfg(test)]
@@ -142,5 +141,13 @@ mod tests {
             let got = verdict(&node(arch, ready, spec), &name, &built);
             assert_eq!((got.runs, got.why.join("; ").as_str(), got.has), (runs, why, true), "{arch} {ready}");
         }
+        let mut old = node("arm", "True", json!({}));
+        let labels = old.metadata.labels.as_mut().unwrap();
+        labels.insert("sampan.io/arm-variant".into(), "v6".into());
+        let got = verdict(&old, &name, &built);
+        assert_eq!(
+            (got.runs, got.why.as_slice()),
+            (false, &["there is no build for linux/arm/v6".to_string()][..])
+        );
     }
 }

@@ -156,8 +156,7 @@ impl<K: Object> Informer<K> {
     pub fn start(client: Client, fields: &str) -> Self {
         let informer = Self::detached();
         let sink: Arc<dyn Sink> = informer.0.clone();
-        let source =
-            Source { path: K::url_path(&(), None), fields: fields.to_string(), metadata_only: false };
+        let source = Source { path: K::url_path(&(), None), fields: fields.to_string(), ..Source::default() };
         tokio::spawn(async move { reflector::follow(&client, &source, &*sink).await });
         informer
     }

@@ -5,15 +5,18 @@
 //! kind is only how a [`Sink`] reads an object, so sixty informers share this code. What stays true: a watch goes on
 //! from the last revision seen; only where that is gone (410) all objects come anew, between [`Sink::begin`] and
 //! [`Sink::complete`].
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use http::{Request, StatusCode, header};
 use http_body_util::BodyExt;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Client;
 use kube::client::Body;
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use tokio::task::AbortHandle;
 
 /// Where the objects go.
 pub trait Sink: Send + Sync {
@@ -27,7 +30,7 @@ pub trait Sink: Send + Sync {
 }
 
 /// What is followed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Source {
     /// The collection, such as `/api/v1/pods`.
     pub path: String,
@@ -35,6 +38,8 @@ pub struct Source {
     pub fields: String,
     /// Only the objects' metadata is wanted.
     pub metadata_only: bool,
+    /// The server may well refuse (the right to see it comes late, or the kind goes away): no word to the owner.
+    pub may_be_refused: bool,
 }
 
 const METADATA_ONLY: &str = "application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io";
@@ -98,11 +103,35 @@ struct Status {
     message: String,
 }
 
+/// The metadata of an object, for sinks that look at nothing else.
+pub fn metadata(object: &str) -> Result<ObjectMeta, serde_json::Error> {
+    #[derive(Deserialize)]
+    struct Object {
+        metadata: ObjectMeta,
+    }
+    Ok(serde_json::from_str::<Object>(object)?.metadata)
+}
+
 /// How far a collection has been followed.
 #[derive(Default)]
 struct Progress {
     /// Set once all objects have come.
     revision: Option<String>,
+}
+
+/// A collection that is followed until this is dropped.
+#[must_use]
+pub struct Following(AbortHandle);
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Follows `source` into `sink` in a task of its own.
+pub fn start(client: Client, source: Source, sink: Arc<dyn Sink>) -> Following {
+    Following(tokio::spawn(async move { follow(&client, &source, &*sink).await }).abort_handle())
 }
 
 /// Follows `source` into `sink` for ever.
@@ -123,8 +152,11 @@ pub async fn follow(client: &Client, source: &Source, sink: &dyn Sink) {
                 }
                 failures = if got_on { 1 } else { failures + 1 };
                 let path = &source.path;
+                let is_expected = source.may_be_refused && matches!(error, WatchError::Refused { .. });
                 match failures {
-                    TOLD_AFTER => tracing::warn!("watching {path} fails again and again: {error}"),
+                    TOLD_AFTER if !is_expected => {
+                        tracing::warn!("watching {path} fails again and again: {error}")
+                    }
                     _ => tracing::debug!(%error, "watching {path} failed, will retry"),
                 }
             }
@@ -262,7 +294,6 @@ fn told(read: Result<Option<String>, serde_json::Error>, object: &str) -> Option
 mod tests {
     use super::*;
     use std::collections::VecDeque;
-    use std::sync::Arc;
 
     use parking_lot::Mutex;
     use serde_json::json;
@@ -347,7 +378,7 @@ mod tests {
         for piece in [1, 64, 100_000] {
             let (seen, asked) = (Seen::default(), Arc::<Mutex<Vec<String>>>::default());
             let client = client(answers.clone().into(), Arc::clone(&asked), piece);
-            let source = Source { path: "/api/v1/pods".into(), fields: "a=b".into(), metadata_only: false };
+            let source = Source { path: "/api/v1/pods".into(), fields: "a=b".into(), ..Source::default() };
             let _ = tokio::time::timeout(Duration::from_secs(60), follow(&client, &source, &seen)).await;
             let told = seen.0.lock().join(" ");
             assert_eq!(told, "begin +a begin +a complete +a -a begin +b complete", "{piece}");

@@ -18,6 +18,7 @@ use kube::{Api, Client};
 use parking_lot::Mutex;
 use sampan_client::informer::{controller_of, key};
 use sampan_client::{Event, Informer, WorkQueue};
+use sampan_drivers::platform::Platforms;
 use sampan_world::clock;
 use tokio::time::Instant;
 
@@ -31,7 +32,7 @@ use crate::pod_control::{
     BURST_REPLICAS, PodControl, SLOW_START_INITIAL_BATCH, pod_from_template, slow_start_batch,
 };
 use crate::revision_history::REVISION_HASH_LABEL;
-use crate::{ImagePlatforms, Scope, api_error, pod_state};
+use crate::{Scope, api_error, pod_state};
 
 pub static DESCRIPTOR: Descriptor = Descriptor {
     name: "daemonset-controller",
@@ -48,7 +49,7 @@ const FAILED_MAX_DELAY: Duration = Duration::from_secs(15 * 60);
 pub struct DaemonSetController {
     client: Client,
     events: EventRecorder,
-    image_platforms: Option<ImagePlatforms>,
+    image_platforms: Option<Arc<dyn Platforms>>,
     daemon_sets: Informer<DaemonSet>,
     revisions: Informer<ControllerRevision>,
     pods: Informer<Pod>,
@@ -174,11 +175,13 @@ impl DaemonSetController {
         let Some(spec) = set.spec.as_ref().and_then(|s| s.template.spec.as_ref()) else {
             return BTreeMap::new();
         };
-        let images = match &self.image_platforms {
-            Some(platforms) => platforms(namespace(set).to_string(), spec.clone()).await,
-            None => Vec::new(),
-        };
         let nodes = self.nodes.list();
+        let mut images = Vec::new();
+        if let Some(platforms) = &self.image_platforms {
+            let queries = placement::images_in_question(namespace(set), spec, &nodes);
+            let answers = futures::future::join_all(queries.iter().map(|q| platforms.lookup(q))).await;
+            images.extend(answers.into_iter().flatten());
+        }
         nodes.iter().map(|n| (name(&**n).to_string(), decide(spec, n, &images))).collect()
     }
 

@@ -9,17 +9,15 @@ mod graph;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures::StreamExt;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions, PropagationPolicy};
-use kube::core::PartialObjectMeta;
-use kube::runtime::watcher::{self, Config};
-use kube::runtime::{WatchStreamExt, watcher as watch};
-use kube::{Api, Client};
+use kube::{Api, Client, Resource};
 use parking_lot::Mutex;
 use sampan_client::WorkQueue;
+use sampan_client::reflector::{self, Following, Sink, Source};
 use serde_json::json;
 
 use self::graph::{Graph, Node, Place, Task};
@@ -43,19 +41,68 @@ struct GarbageCollector {
     client: Client,
     graph: Arc<Mutex<Graph>>,
     queue: WorkQueue<Task>,
-    monitors: Mutex<HashMap<String, Monitor>>,
+    monitors: Mutex<HashMap<String, Following>>,
     /// By (group, kind).
     kinds: Mutex<BTreeMap<(String, String), Arc<Discovered>>>,
     synced: tokio::sync::watch::Sender<usize>,
 }
 
+/// Takes in one kind's objects, of which only the metadata is followed.
 struct Monitor {
-    task: tokio::task::JoinHandle<()>,
+    kind: Arc<Discovered>,
+    graph: Arc<Mutex<Graph>>,
+    queue: WorkQueue<Task>,
+    /// How many kinds have been listed.
+    synced: tokio::sync::watch::Sender<usize>,
+    has_synced: AtomicBool,
+    /// The UIDs that came so far, while all objects come.
+    listed: Mutex<Option<Vec<String>>>,
 }
 
-impl Drop for Monitor {
-    fn drop(&mut self) {
-        self.task.abort();
+impl Monitor {
+    fn enqueue(&self, tasks: Vec<Task>) {
+        tasks.into_iter().for_each(|task| self.queue.add(task));
+    }
+
+    fn changed(&self) {
+        if matches!(self.kind.resource.plural.as_str(), "customresourcedefinitions" | "apiservices") {
+            // a new kind is served a moment after its definition changed
+            self.queue.add_after(Task::Discover, Duration::from_secs(1));
+        }
+    }
+}
+
+impl Sink for Monitor {
+    fn begin(&self) {
+        *self.listed.lock() = Some(Vec::new());
+    }
+
+    fn apply(&self, object: &str) -> Result<Option<String>, serde_json::Error> {
+        let meta = reflector::metadata(object)?;
+        let tasks = self.graph.lock().apply(node(&self.kind, &meta));
+        self.enqueue(tasks);
+        match self.listed.lock().as_mut() {
+            Some(listed) => listed.extend(meta.uid),
+            None => self.changed(),
+        }
+        Ok(meta.resource_version)
+    }
+
+    fn delete(&self, object: &str) -> Result<Option<String>, serde_json::Error> {
+        let meta = reflector::metadata(object)?;
+        let tasks = self.graph.lock().remove(meta.uid.as_deref().unwrap_or_default());
+        self.enqueue(tasks);
+        self.changed();
+        Ok(meta.resource_version)
+    }
+
+    fn complete(&self) {
+        let (listed, resource) = (self.listed.lock().take().unwrap_or_default(), &self.kind.resource);
+        let tasks = self.graph.lock().retain(&resource.group, &resource.kind, listed);
+        self.enqueue(tasks);
+        if !self.has_synced.swap(true, Ordering::Relaxed) {
+            self.synced.send_modify(|n| *n += 1);
+        }
     }
 }
 
@@ -101,59 +148,19 @@ impl GarbageCollector {
         Ok(())
     }
 
-    fn monitor(&self, kind: Arc<Discovered>) -> Monitor {
-        let (graph, queue, synced) = (self.graph.clone(), self.queue.clone(), self.synced.clone());
-        let api: Api<PartialObjectMeta<DynamicObject>> = Api::all_with(self.client.clone(), &kind.resource);
-        let brings_kinds =
-            matches!(kind.resource.plural.as_str(), "customresourcedefinitions" | "apiservices");
-        let task = tokio::spawn(async move {
-            let mut events = std::pin::pin!(watch(api, Config::default()).default_backoff());
-            let mut listed: Option<Vec<String>> = None;
-            let mut first = true;
-            while let Some(event) = events.next().await {
-                let tasks = match event {
-                    Ok(watcher::Event::Init) => {
-                        listed = Some(Vec::new());
-                        Vec::new()
-                    }
-                    Ok(watcher::Event::InitApply(object)) => {
-                        if let Some(listed) = listed.as_mut() {
-                            listed.extend(object.metadata.uid.clone());
-                        }
-                        graph.lock().apply(node(&kind, &object.metadata))
-                    }
-                    Ok(watcher::Event::InitDone) => {
-                        if std::mem::take(&mut first) {
-                            synced.send_modify(|n| *n += 1);
-                        }
-                        graph.lock().retain(
-                            &kind.resource.group,
-                            &kind.resource.kind,
-                            listed.take().unwrap_or_default(),
-                        )
-                    }
-                    Ok(watcher::Event::Apply(object)) => changed(&graph, &kind, &object, brings_kinds),
-                    Ok(watcher::Event::Delete(object)) => {
-                        let mut tasks =
-                            graph.lock().remove(object.metadata.uid.as_deref().unwrap_or_default());
-                        tasks.extend(brings_kinds.then_some(Task::Discover));
-                        tasks
-                    }
-                    Err(error) => {
-                        tracing::debug!(kind = kind.resource.kind, %error, "watch failed, will retry");
-                        Vec::new()
-                    }
-                };
-                for task in tasks {
-                    match task {
-                        // a new kind is served a moment after its definition changed
-                        Task::Discover => queue.add_after(Task::Discover, Duration::from_secs(1)),
-                        task => queue.add(task),
-                    }
-                }
-            }
-        });
-        Monitor { task }
+    fn monitor(&self, kind: Arc<Discovered>) -> Following {
+        let path = DynamicObject::url_path(&kind.resource, None);
+        // a kind that goes away is refused until that is discovered
+        let source = Source { path, metadata_only: true, may_be_refused: true, ..Source::default() };
+        let monitor = Monitor {
+            kind,
+            graph: self.graph.clone(),
+            queue: self.queue.clone(),
+            synced: self.synced.clone(),
+            has_synced: AtomicBool::default(),
+            listed: Mutex::default(),
+        };
+        reflector::start(self.client.clone(), source, Arc::new(monitor))
     }
 
     fn kind_of(&self, group: &str, kind: &str) -> Option<Arc<Discovered>> {
@@ -335,17 +342,6 @@ impl GarbageCollector {
         }
         self.remove_finalizer(&owner, ORPHAN).await
     }
-}
-
-fn changed(
-    graph: &Mutex<Graph>,
-    kind: &Discovered,
-    object: &PartialObjectMeta<DynamicObject>,
-    brings_kinds: bool,
-) -> Vec<Task> {
-    let mut tasks = graph.lock().apply(node(kind, &object.metadata));
-    tasks.extend(brings_kinds.then_some(Task::Discover));
-    tasks
 }
 
 fn has_finalizer(meta: &ObjectMeta, finalizer: &str) -> bool {

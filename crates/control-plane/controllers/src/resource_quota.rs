@@ -7,18 +7,16 @@
 //! status is repeated once after a moment, as it may have missed an object that was being written just then.
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Pod, ResourceQuota, ResourceQuotaStatus, Service};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::{DynamicObject, ListParams, PostParams};
-use kube::core::PartialObjectMeta;
-use kube::runtime::watcher::{Config, Event as Watched};
-use kube::runtime::{WatchStreamExt, watcher};
-use kube::{Api, Client};
+use kube::{Api, Client, Resource as _};
 use parking_lot::Mutex;
 use sampan_client::informer::key;
+use sampan_client::reflector::{self, Following, Sink, Source};
 use sampan_client::{Event, Informer, WorkQueue};
 use sampan_kinds::quantity::{self, Amount, ResourceList};
 use sampan_kinds::quota;
@@ -61,18 +59,43 @@ struct ResourceQuotaController {
     pods: Informer<Pod>,
     services: Informer<Service>,
     /// Watches of what quotas name, beside pods and services; as many as there are kinds.
-    monitors: Mutex<HashMap<Resource, Monitor>>,
+    monitors: Mutex<HashMap<Resource, (Arc<Discovered>, Following)>>,
     queue: WorkQueue<Key>,
 }
 
+/// Hears of objects of a kind that go; of the others nothing is kept.
 struct Monitor {
     kind: Arc<Discovered>,
-    task: tokio::task::JoinHandle<()>,
+    quotas: Informer<ResourceQuota>,
+    queue: WorkQueue<Key>,
+    has_listed: AtomicBool,
 }
 
-impl Drop for Monitor {
-    fn drop(&mut self) {
-        self.task.abort();
+impl Monitor {
+    fn wake(&self, namespace: Option<&str>) {
+        let resource = &self.kind.resource;
+        wake(&self.quotas, &self.queue, &resource.plural, &resource.group, namespace);
+    }
+}
+
+impl Sink for Monitor {
+    fn begin(&self) {}
+
+    fn apply(&self, object: &str) -> Result<Option<String>, serde_json::Error> {
+        Ok(reflector::metadata(object)?.resource_version)
+    }
+
+    fn delete(&self, object: &str) -> Result<Option<String>, serde_json::Error> {
+        let meta = reflector::metadata(object)?;
+        self.wake(meta.namespace.as_deref());
+        Ok(meta.resource_version)
+    }
+
+    fn complete(&self) {
+        // what went while the watch was away was not told
+        if self.has_listed.swap(true, Ordering::Relaxed) {
+            self.wake(None);
+        }
     }
 }
 
@@ -109,8 +132,8 @@ impl ResourceQuotaController {
 
     /// The kind of a resource that a quota names, watched from now on; `None` when the API has no such.
     async fn watched(&self, resource: &Resource) -> Result<Option<Arc<Discovered>>, SyncError> {
-        if let Some(monitor) = self.monitors.lock().get(resource) {
-            return Ok(Some(monitor.kind.clone()));
+        if let Some((kind, _)) = self.monitors.lock().get(resource) {
+            return Ok(Some(kind.clone()));
         }
         let kinds = discovery::all(&self.client).await?;
         let is_it = |d: &Discovered| d.resource.group == resource.0 && d.resource.plural == resource.1;
@@ -119,27 +142,17 @@ impl ResourceQuotaController {
         };
         let kind = Arc::new(kind);
         let mut monitors = self.monitors.lock();
-        let monitor = monitors.entry(resource.clone()).or_insert_with(|| self.monitor(kind));
-        Ok(Some(monitor.kind.clone()))
+        let (kind, _) =
+            monitors.entry(resource.clone()).or_insert_with(|| (kind.clone(), self.monitor(kind)));
+        Ok(Some(kind.clone()))
     }
 
-    fn monitor(&self, kind: Arc<Discovered>) -> Monitor {
-        let (quotas, queue, of) = (self.quotas.clone(), self.queue.clone(), kind.clone());
-        let api: Api<PartialObjectMeta<DynamicObject>> = Api::all_with(self.client.clone(), &kind.resource);
-        let task = tokio::spawn(async move {
-            let mut events = std::pin::pin!(watcher(api, Config::default()).default_backoff());
-            let mut first = true;
-            while let Some(event) = events.next().await {
-                let gone_in = match &event {
-                    Ok(Watched::Delete(object)) => object.metadata.namespace.as_deref(),
-                    // what went while the watch was away was not told
-                    Ok(Watched::InitDone) if !std::mem::take(&mut first) => None,
-                    _ => continue,
-                };
-                wake(&quotas, &queue, &of.resource.plural, &of.resource.group, gone_in);
-            }
-        });
-        Monitor { kind, task }
+    fn monitor(&self, kind: Arc<Discovered>) -> Following {
+        let path = DynamicObject::url_path(&kind.resource, None);
+        let source = Source { path, metadata_only: true, may_be_refused: true, ..Source::default() };
+        let (quotas, queue) = (self.quotas.clone(), self.queue.clone());
+        let monitor = Monitor { kind, quotas, queue, has_listed: AtomicBool::default() };
+        reflector::start(self.client.clone(), source, Arc::new(monitor))
     }
 
     /// Ends the watches of kinds that no quota names any more.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Node;
 use parking_lot::Mutex;
-use sampan_drivers::runtime::Platform;
+use sampan_drivers::platform;
 
 use crate::framework::snapshot::Nominated;
 use crate::framework::{NodeInfo, PodInfo, Snapshot};
@@ -149,16 +149,10 @@ impl Cache {
         if !inner.image_nodes.contains_key(image) {
             return false;
         }
-        let mut without: Vec<Arc<Platform>> = Vec::new();
-        let mut with: Vec<Arc<Platform>> = Vec::new();
-        for node in inner.nodes.values().filter(|n| n.present) {
-            let Some(platform) = &node.platform else { continue };
-            let list = if node.images.contains_key(image) { &mut with } else { &mut without };
-            if !list.contains(platform) {
-                list.push(platform.clone());
-            }
-        }
-        without.iter().all(|p| with.contains(p))
+        let nodes = inner.nodes.values().filter(|n| n.present);
+        platform::is_everywhere(
+            nodes.filter_map(|n| Some((n.platform.as_deref()?, n.images.contains_key(image)))),
+        )
     }
 }
 

@@ -24,7 +24,7 @@ mod testing;
 mod tests;
 mod writes;
 
-pub use platforms::{ImageQuery, Platforms};
+pub use platforms::PlatformCache;
 pub use scheduler::Scheduler;
 
 /// The name pods ask for this scheduler by, and what its events come from.

@@ -1,8 +1,8 @@
-//! What the scheduler knows of images: the platforms each is built for. `bin/sampan` implements [`Platforms`] with the
-//! image client, since planes do not import each other. Upstream counterpart: none.
+//! What is known of the platforms that images are built for: answers of registries, kept for all who ask in this
+//! process (the DaemonSet controller too, by way of `sampan_drivers::platform::Platforms`). Upstream counterpart: none.
 //!
 //! Bounds: [`MAX_ENTRIES`] answers are kept, [`MAX_ASKED`] questions may be open, [`MAX_IN_FLIGHT`] of them at a registry
-//! at once, each for at most [`LOOKUP_TIMEOUT`]. A pod waits [`PATIENCE`] for an answer; what is not known then is
+//! at once, each for at most [`LOOKUP_TIMEOUT`]. Whoever asks waits [`PATIENCE`] for an answer; what is not known then is
 //! allowed. An answer is used while it is refreshed, so that only the first pod of an image waits.
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
+use sampan_drivers::platform::{ImageQuery, Platforms};
 use sampan_drivers::runtime::Platform;
 use sampan_world::clock;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 const MAX_ENTRIES: usize = 512;
@@ -24,25 +25,6 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const FRESH_TAG: Duration = Duration::from_secs(60);
 const FRESH_DIGEST: Duration = Duration::from_secs(3600);
 const FRESH_UNKNOWN: Duration = Duration::from_secs(30);
-
-/// An image of a pod, with what its registry may want to see.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ImageQuery {
-    /// As the pod names it.
-    pub image: String,
-    /// The pod's namespace, where the pull secrets are.
-    pub namespace: String,
-    /// Names of the pod's `imagePullSecrets` (admission has added the service account's).
-    pub pull_secrets: Vec<String>,
-}
-
-/// Looks up the platforms of images. Calls are bounded, timed out and cached by the scheduler.
-#[async_trait]
-pub trait Platforms: Send + Sync {
-    /// The platforms `query.image` is built for; `None` where that cannot be known (registry down, access denied,
-    /// no such image): then the scheduler leaves the pod's choice of nodes alone.
-    async fn lookup(&self, query: &ImageQuery) -> Option<Vec<Platform>>;
-}
 
 /// What is known of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,73 +63,105 @@ impl Entry {
     }
 }
 
+type OnAnswered = Arc<dyn Fn(&str) + Send + Sync>;
+
 /// The answers, and the way to ask.
-pub struct PlatformCache {
+#[derive(Clone)]
+pub struct PlatformCache(Arc<Inner>);
+
+struct Inner {
+    registries: Arc<dyn Platforms>,
     entries: Mutex<HashMap<ImageQuery, Entry>>,
-    asking: mpsc::Sender<ImageQuery>,
+    asked: Arc<Semaphore>,
+    in_flight: Semaphore,
+    answered: Notify,
+    on_answered: Mutex<Option<OnAnswered>>,
 }
 
 impl PlatformCache {
-    /// The cache, and the questions that [`Self::answer`] works on.
-    pub fn new() -> (Arc<Self>, mpsc::Receiver<ImageQuery>) {
-        let (asking, questions) = mpsc::channel(MAX_ASKED);
-        (Arc::new(Self { entries: Mutex::default(), asking }), questions)
+    pub fn new(registries: Arc<dyn Platforms>) -> Self {
+        Self(Arc::new(Inner {
+            registries,
+            entries: Mutex::default(),
+            asked: Arc::new(Semaphore::new(MAX_ASKED)),
+            in_flight: Semaphore::new(MAX_IN_FLIGHT),
+            answered: Notify::new(),
+            on_answered: Mutex::default(),
+        }))
+    }
+
+    /// Calls `handler` (instead of one before) with the image when an answer changes what is known, and when waiting
+    /// for one is over.
+    pub fn on_answered(&self, handler: impl Fn(&str) + Send + Sync + 'static) {
+        *self.0.on_answered.lock() = Some(Arc::new(handler));
     }
 
     /// What is known, without asking.
     pub fn known(&self, query: &ImageQuery) -> Known {
-        self.entries.lock().get(query).map_or(Known::Unknown, Entry::known)
+        self.0.entries.lock().get(query).map_or(Known::Unknown, Entry::known)
     }
 
     /// What is known; asks where there is no fresh answer.
     pub fn ask(&self, query: &ImageQuery) -> Known {
-        let mut entries = self.entries.lock();
+        let mut entries = self.0.entries.lock();
         if let Some(entry) = entries.get(query)
             && (entry.asked_at.is_some() || entry.is_fresh(&query.image))
         {
             return entry.known();
         }
+        let Ok(question) = self.0.asked.clone().try_acquire_owned() else {
+            return entries.get(query).map_or(Known::Unknown, Entry::known);
+        };
         make_room(&mut entries);
         let entry = entries.entry(query.clone()).or_default();
-        if self.asking.try_send(query.clone()).is_ok() {
-            entry.asked_at = Some(clock::monotonic());
-        }
+        entry.asked_at = Some(clock::monotonic());
+        tokio::spawn(self.0.clone().answer(query.clone(), question));
         entry.known()
     }
+}
 
-    /// Answers questions until all senders are gone; calls `answered` with the image when an answer changes what is
-    /// known, and when waiting for it is over.
-    pub async fn answer(
-        self: Arc<Self>,
-        mut questions: mpsc::Receiver<ImageQuery>,
-        platforms: Arc<dyn Platforms>,
-        answered: Arc<dyn Fn(String) + Send + Sync>,
-    ) {
-        let slots = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
-        let tasks = Arc::new(Semaphore::new(MAX_ASKED));
-        while let Some(query) = questions.recv().await {
-            let Ok(task) = tasks.clone().acquire_owned().await else { return };
-            let (cache, slots, platforms, answered) =
-                (self.clone(), slots.clone(), platforms.clone(), answered.clone());
-            tokio::spawn(async move {
-                let lookup = async {
-                    let _slot = slots.acquire().await.ok()?;
-                    tokio::time::timeout(LOOKUP_TIMEOUT, platforms.lookup(&query)).await.ok()?
-                };
-                tokio::pin!(lookup);
-                let answer = tokio::select! {
-                    answer = &mut lookup => answer,
-                    () = tokio::time::sleep(PATIENCE) => {
-                        answered(query.image.clone());
-                        lookup.await
-                    }
-                };
-                if cache.store(&query, answer) {
-                    answered(query.image.clone());
-                }
-                drop(task);
-            });
+#[async_trait]
+impl Platforms for PlatformCache {
+    async fn lookup(&self, query: &ImageQuery) -> Option<Vec<Platform>> {
+        loop {
+            let answered = self.0.answered.notified();
+            tokio::pin!(answered);
+            answered.as_mut().enable();
+            match self.ask(query) {
+                Known::Platforms(platforms) => return Some(platforms.to_vec()),
+                Known::Unknown => return None,
+                Known::Waiting => answered.await,
+            }
         }
+    }
+}
+
+impl Inner {
+    async fn answer(self: Arc<Self>, query: ImageQuery, question: OwnedSemaphorePermit) {
+        let lookup = async {
+            let _slot = self.in_flight.acquire().await.ok()?;
+            tokio::time::timeout(LOOKUP_TIMEOUT, self.registries.lookup(&query)).await.ok()?
+        };
+        tokio::pin!(lookup);
+        let answer = tokio::select! {
+            answer = &mut lookup => answer,
+            () = tokio::time::sleep(PATIENCE) => {
+                self.tell(&query);
+                lookup.await
+            }
+        };
+        if self.store(&query, answer) {
+            self.tell(&query);
+        }
+        drop(question);
+    }
+
+    fn tell(&self, query: &ImageQuery) {
+        let handler = self.on_answered.lock().clone();
+        if let Some(handler) = handler {
+            handler(&query.image);
+        }
+        self.answered.notify_waiters();
     }
 
     /// Keeps the answer; true where it changes what is known.
@@ -200,15 +214,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn pods_wait_for_an_answer_but_not_long() {
         for (delay_ms, waits_at_1s, known_at_3s) in [(100, false, true), (5000, true, false)] {
-            let (cache, questions) = PlatformCache::new();
             let registry =
                 Arc::new(Registry { delay: Duration::from_millis(delay_ms), asked: AtomicUsize::new(0) });
+            let cache = PlatformCache::new(registry.clone());
             let told = Arc::new(AtomicUsize::new(0));
             let counter = told.clone();
-            let answered = Arc::new(move |_| {
+            cache.on_answered(move |_| {
                 counter.fetch_add(1, Ordering::Relaxed);
             });
-            tokio::spawn(cache.clone().answer(questions, registry.clone(), answered));
             let query = ImageQuery { image: "x".into(), namespace: "ns".into(), pull_secrets: vec![] };
             assert_eq!(cache.ask(&query), Known::Waiting);
             assert_eq!(cache.ask(&query), Known::Waiting);
@@ -227,6 +240,23 @@ mod tests {
             );
             tokio::time::sleep(Duration::from_secs(6)).await;
             assert_eq!(registry.asked.load(Ordering::Relaxed), 2);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_looks_up_waits_like_a_pod_and_asks_no_second_time() {
+        for (delay_ms, wanted) in [(100, true), (5000, false)] {
+            let registry =
+                Arc::new(Registry { delay: Duration::from_millis(delay_ms), asked: AtomicUsize::new(0) });
+            let cache = PlatformCache::new(registry.clone());
+            let query = ImageQuery { image: "x".into(), namespace: "ns".into(), pull_secrets: vec![] };
+            let began = clock::monotonic();
+            let (a, b) = tokio::join!(cache.lookup(&query), cache.lookup(&query));
+            assert_eq!((a.is_some(), b.is_some()), (wanted, wanted));
+            assert_eq!(began.elapsed(), Duration::from_millis(delay_ms).min(PATIENCE));
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            assert!(cache.lookup(&query).await.is_some());
+            assert_eq!(registry.asked.load(Ordering::Relaxed), 1);
         }
     }
 }

@@ -17,7 +17,7 @@ pub struct Context {
     pub writes: Arc<dyn ClusterWrites>,
     pub preemptor: Arc<Preemptor>,
     /// Absent where nobody can ask registries.
-    pub platforms: Option<Arc<PlatformCache>>,
+    pub platforms: Option<PlatformCache>,
 }
 
 /// A plugin as the registry knows it.

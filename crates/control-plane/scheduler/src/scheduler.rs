@@ -7,7 +7,7 @@ use crate::cache::Cache;
 use crate::event_handlers;
 use crate::event_recorder::{EventRecorder, Records};
 use crate::framework::ClusterEvent;
-use crate::platforms::{ImageQuery, PlatformCache, Platforms};
+use crate::platforms::PlatformCache;
 use crate::plugins::{self, Context};
 use crate::preemptor::Preemptor;
 use crate::queue::Queue;
@@ -26,13 +26,7 @@ pub struct Scheduler {
     cycles: Arc<Cycles>,
     writes: Arc<dyn ClusterWrites>,
     records: Records,
-    platforms: Option<Lookups>,
-}
-
-struct Lookups {
-    cache: Arc<PlatformCache>,
-    questions: tokio::sync::mpsc::Receiver<ImageQuery>,
-    registries: Arc<dyn Platforms>,
+    platforms: Option<PlatformCache>,
 }
 
 impl Scheduler {
@@ -40,7 +34,7 @@ impl Scheduler {
     pub fn new(
         client: kube::Client,
         informers: sampan_client::Informers,
-        platforms: Option<Arc<dyn Platforms>>,
+        platforms: Option<PlatformCache>,
     ) -> Scheduler {
         Self::assemble(Arc::new(ApiWrites::new(client)), Sources::shared(&informers), platforms)
     }
@@ -48,23 +42,19 @@ impl Scheduler {
     pub(crate) fn assemble(
         writes: Arc<dyn ClusterWrites>,
         sources: Sources,
-        platforms: Option<Arc<dyn Platforms>>,
+        platforms: Option<PlatformCache>,
     ) -> Scheduler {
         let (recorder, records) = EventRecorder::new();
         let cache = Arc::new(Cache::default());
         let statuses = Arc::new(StatusWriter::new(writes.clone()));
         let preemptor =
             Arc::new(Preemptor::new(writes.clone(), recorder.clone(), statuses.clone(), cache.clone()));
-        let platforms = platforms.map(|registries| {
-            let (cache, questions) = PlatformCache::new();
-            Lookups { cache, questions, registries }
-        });
         let framework = Arc::new(plugins::framework(&Context {
             sources: sources.clone(),
             cache: cache.clone(),
             writes: writes.clone(),
             preemptor: preemptor.clone(),
-            platforms: platforms.as_ref().map(|p| p.cache.clone()),
+            platforms: platforms.clone(),
         }));
         let queue = Arc::new(Queue::new(framework.clone()));
         let failed = Arc::downgrade(&queue);
@@ -89,16 +79,14 @@ impl Scheduler {
         event_handlers::register(&cycles.sources, &cycles.cache, &cycles.queue);
         let statuses = cycles.statuses.clone();
         let queue = Arc::downgrade(&cycles.queue);
-        let answering = async move {
-            let Some(Lookups { cache, questions, registries }) = platforms else { return };
-            let answered = Arc::new(move |image: String| {
+        if let Some(platforms) = platforms {
+            platforms.on_answered(move |image| {
                 if let Some(queue) = queue.upgrade() {
-                    queue.on_event(&ClusterEvent::PlatformsAnswered { image });
+                    queue.on_event(&ClusterEvent::PlatformsAnswered { image: image.to_string() });
                 }
             });
-            cache.answer(questions, registries, answered).await;
-        };
-        tokio::join!(records.write(writes), statuses.run(), answering, schedule_all(cycles));
+        }
+        tokio::join!(records.write(writes), statuses.run(), schedule_all(cycles));
     }
 }
 

@@ -4,11 +4,12 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use sampan_drivers::platform::{ImageQuery, Platforms};
 use sampan_drivers::runtime::Platform;
 use serde_json::{Value, json};
 
 use crate::Scheduler;
-use crate::platforms::{ImageQuery, Platforms};
+use crate::platforms::PlatformCache;
 use crate::testing::{TestCluster, api_pod, node};
 
 /// Knows images by their names: `amd64-only`, `slow`, and all else for every platform.
@@ -45,7 +46,8 @@ fn asking(name: &str, cpu: &str, more: Value) -> k8s_openapi::api::core::v1::Pod
 fn start(nodes: &[(&str, &str, &str)]) -> Arc<TestCluster> {
     let cluster = TestCluster::new();
     nodes.iter().for_each(|(name, arch, cpu)| cluster.put_node(machine(name, arch, cpu)));
-    let scheduler = Scheduler::assemble(cluster.clone(), cluster.sources.clone(), Some(Arc::new(Registry)));
+    let platforms = PlatformCache::new(Arc::new(Registry));
+    let scheduler = Scheduler::assemble(cluster.clone(), cluster.sources.clone(), Some(platforms));
     tokio::spawn(scheduler.work());
     cluster
 }

@@ -17,8 +17,8 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, ServiceAccount};
 use kube::api::PostParams;
 use kube::{Api, Client, ResourceExt};
 use parking_lot::Mutex;
+use sampan_client::reflector::Following;
 use sampan_world::clock;
-use tokio::task::AbortHandle;
 
 mod follow;
 
@@ -71,7 +71,7 @@ struct Watched {
     /// `None` until the first list; then what there is.
     seen: Option<Option<Held>>,
     users: BTreeSet<String>,
-    task: Option<AbortHandle>,
+    _following: Following,
 }
 
 type OnChange = Arc<dyn Fn(&str) + Send + Sync>;
@@ -128,9 +128,9 @@ impl ObjectWatches {
         }
         for reference in wanted {
             let entry = watched.entry(reference.clone()).or_insert_with(|| {
-                let task =
-                    tokio::spawn(follow::follow(Arc::downgrade(&self.0), self.0.client.clone(), reference));
-                Watched { seen: None, users: BTreeSet::new(), task: Some(task.abort_handle()) }
+                let inner = Arc::downgrade(&self.0);
+                let following = follow::follow(inner, self.0.client.clone(), reference);
+                Watched { seen: None, users: BTreeSet::new(), _following: following }
             });
             entry.users.insert(uid.clone());
         }
@@ -168,11 +168,7 @@ impl ObjectWatches {
 fn drop_unused(watched: &mut HashMap<Reference, Watched>) -> Vec<Reference> {
     let unused: Vec<Reference> =
         watched.iter().filter(|(_, entry)| entry.users.is_empty()).map(|(r, _)| r.clone()).collect();
-    for reference in &unused {
-        if let Some(entry) = watched.remove(reference) {
-            entry.task.iter().for_each(AbortHandle::abort);
-        }
-    }
+    watched.retain(|_, entry| !entry.users.is_empty());
     unused
 }
 

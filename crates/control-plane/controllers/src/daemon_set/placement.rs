@@ -1,6 +1,7 @@
 //! Which nodes get a daemon pod, and which pods of a node are right. Pure.
 //! Upstream counterpart: pkg/controller/daemon/daemon_controller.go (podsShouldBeOnNode, NodeShouldRunDaemonPod), util.
 use std::cmp::Ordering;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -9,7 +10,7 @@ use k8s_openapi::api::core::v1::{
     Affinity, Node, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec,
     Toleration,
 };
-use sampan_drivers::platform;
+use sampan_drivers::platform::{self, ImageQuery};
 use sampan_drivers::runtime::Platform;
 
 use super::is_updated;
@@ -52,14 +53,45 @@ pub fn add_tolerations(spec: &mut PodSpec) {
     }
 }
 
+/// Whether the pod asks for that node, or for none.
+fn is_wanted(spec: &PodSpec, node: &Node) -> bool {
+    let wanted = spec.node_name.as_deref().unwrap_or_default();
+    (wanted.is_empty() || wanted == name(node)) && matches_affinity(spec, node)
+}
+
+/// The images whose platforms decide where the set's pods may go: those that are pulled, but for those that a node of
+/// each platform holds already.
+pub fn images_in_question(namespace: &str, spec: &PodSpec, nodes: &[Arc<Node>]) -> Vec<ImageQuery> {
+    let candidates: Vec<(Platform, &Arc<Node>)> = nodes
+        .iter()
+        .filter(|node| is_wanted(spec, node))
+        .filter_map(|node| Some((platform::of_node(labels_of(&node.metadata.labels))?, node)))
+        .collect();
+    let holds = |node: &Node, image: &str| {
+        let mut images = node.status.iter().flat_map(|s| s.images.iter().flatten());
+        images.any(|i| i.names.iter().flatten().any(|name| name == image))
+    };
+    let secrets = spec.image_pull_secrets.iter().flatten();
+    let pull_secrets: Vec<String> = secrets.map(|s| s.name.clone()).filter(|n| !n.is_empty()).collect();
+    let containers = spec.init_containers.iter().flatten().chain(&spec.containers);
+    let pulled = containers.filter(|c| c.image_pull_policy.as_deref() != Some("Never"));
+    let images: BTreeSet<&String> = pulled.filter_map(|c| c.image.as_ref()).collect();
+    let in_question = |image: &&String| {
+        let name = platform::reported_name(image);
+        !platform::is_everywhere(candidates.iter().map(|(platform, node)| (platform, holds(node, &name))))
+    };
+    let query = |image: &String| ImageQuery {
+        image: image.clone(),
+        namespace: namespace.to_string(),
+        pull_secrets: pull_secrets.clone(),
+    };
+    images.into_iter().filter(in_question).map(query).collect()
+}
+
 /// `images` are the platforms of each of the pod's images, of those where they are known.
 pub fn decide(spec: &PodSpec, node: &Node, images: &[Vec<Platform>]) -> Placement {
     let no = Placement { run: false, stay: false };
-    let wanted = spec.node_name.as_deref().unwrap_or_default();
-    if !wanted.is_empty() && wanted != name(node)
-        || !matches_affinity(spec, node)
-        || !runs_images(node, images)
-    {
+    if !is_wanted(spec, node) || !runs_images(node, images) {
         return no;
     }
     let mut spec = spec.clone();
@@ -262,6 +294,36 @@ pub(super) mod tests {
             );
         }
         assert!(decide(&PodSpec::default(), &Node::default(), &[image("arm")]).run);
+    }
+
+    #[test]
+    fn only_images_that_some_platform_lacks_are_asked_about() {
+        let node = |arch: &str, images: &[&str]| -> Arc<Node> {
+            let images: Vec<_> = images.iter().map(|i| json!({"names": [i]})).collect();
+            let labels = json!({"kubernetes.io/arch": arch});
+            let node = json!({"metadata": {"name": arch, "labels": labels}, "status": {"images": images}});
+            Arc::new(serde_json::from_value(node).unwrap())
+        };
+        let (both, one) = ("docker.io/library/both:latest", "docker.io/library/one:1");
+        let nodes = [node("amd64", &[both, one]), node("arm64", &[both]), node("amd64", &[])];
+        let spec = |selector: serde_json::Value| -> PodSpec {
+            serde_json::from_value(json!({
+                "initContainers": [{"name": "i", "image": "both"}],
+                "containers": [{"name": "a", "image": "one:1"}, {"name": "b", "image": "reg:5000/x"},
+                    {"name": "c", "image": "own", "imagePullPolicy": "Never"}],
+                "imagePullSecrets": [{"name": "s"}], "nodeSelector": selector}))
+            .unwrap()
+        };
+        for (selector, wanted) in [
+            (json!({}), vec!["one:1", "reg:5000/x"]),
+            (json!({"kubernetes.io/arch": "amd64"}), vec!["reg:5000/x"]),
+            (json!({"kubernetes.io/arch": "riscv64"}), vec![]),
+        ] {
+            let queries = images_in_question("ns", &spec(selector), &nodes);
+            let images: Vec<&str> = queries.iter().map(|q| q.image.as_str()).collect();
+            assert_eq!(images, wanted);
+            assert!(queries.iter().all(|q| q.namespace == "ns" && q.pull_secrets == ["s"]));
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Nodes that hold a pod's images already are better, the more the larger these are.
 //! Upstream counterpart: pkg/scheduler/framework/plugins/imagelocality.
-use std::borrow::Cow;
 use std::sync::Arc;
+
+use sampan_drivers::platform;
 
 use crate::framework::{
     Cycle, CycleState, MAX_NODE_SCORE, NodeInfo, Plugin, PodInfo, PreScore, Score, Verdict,
@@ -24,11 +25,6 @@ struct Wanted {
     /// Each image that some node holds, and which part of the nodes does.
     images: Vec<(String, f64)>,
     containers: i64,
-}
-
-/// As nodes report names: with a tag.
-pub fn normalized(name: &str) -> Cow<'_, str> {
-    if name.rfind(':') <= name.rfind('/') { format!("{name}:latest").into() } else { name.into() }
 }
 
 impl Plugin for ImageLocality {
@@ -56,9 +52,9 @@ impl PreScore for ImageLocality {
         let of_containers = init.iter().chain(&spec.containers).filter_map(|c| c.image.as_deref());
         let volumes = spec.volumes.iter().flatten().filter_map(|v| v.image.as_ref()?.reference.as_deref());
         let part = |name: &str| {
-            let name = normalized(name);
-            let nodes = *cx.snapshot.image_nodes.get(&*name)?;
-            Some((name.into_owned(), nodes as f64 / cx.snapshot.nodes.len() as f64))
+            let name = platform::reported_name(name);
+            let nodes = *cx.snapshot.image_nodes.get(&name)?;
+            Some((name, nodes as f64 / cx.snapshot.nodes.len() as f64))
         };
         let images: Vec<(String, f64)> = of_containers.chain(volumes).filter_map(part).collect();
         if images.is_empty() {
@@ -89,12 +85,13 @@ mod tests {
 
     #[test]
     fn large_images_attract_and_rare_ones_less() {
-        let image = json!({"status": {"images": [{"names": ["x/y:latest"], "sizeBytes": 523 * MB}]}});
+        let image =
+            json!({"status": {"images": [{"names": ["docker.io/x/y:latest"], "sizeBytes": 523 * MB}]}});
         let with = Arc::new(node_info("a", image));
         let without = Arc::new(node_info("b", json!({})));
         let mut snapshot = Snapshot::default();
         snapshot.rebuild([with.clone(), without.clone()].into_iter());
-        snapshot.image_nodes = Arc::new([("x/y:latest".to_string(), 1)].into());
+        snapshot.image_nodes = Arc::new([("docker.io/x/y:latest".to_string(), 1)].into());
         let pod = pod("p", json!({"spec": {"containers": [{"name": "c", "image": "x/y"}]}}));
         let mut state = CycleState::default();
         let verdict = ImageLocality.pre_score(&Cycle { snapshot: &snapshot }, &mut state, &pod, &[]);
@@ -102,7 +99,5 @@ mod tests {
         // half of the nodes have it: (261.5 - 23) / (1000 - 23)
         assert_eq!(ImageLocality.score(&state, &pod, &with), 24);
         assert_eq!(ImageLocality.score(&state, &pod, &without), 0);
-        assert_eq!(normalized("reg:5000/x"), "reg:5000/x:latest");
-        assert_eq!(normalized("reg:5000/x:1"), "reg:5000/x:1");
     }
 }

@@ -6,16 +6,15 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use sampan_drivers::platform;
+use sampan_drivers::platform::{self, ImageQuery};
 use sampan_drivers::runtime::Platform;
 
-use super::image_locality::normalized;
 use crate::cache::Cache;
 use crate::framework::{
     ClusterEvent, Cycle, CycleState, Filter, NodeInfo, NodeNames, Plugin, PodInfo, PreEnqueue, PreFilter,
     Verdict,
 };
-use crate::platforms::{ImageQuery, Known, PlatformCache};
+use crate::platforms::{Known, PlatformCache};
 use crate::plugins::Descriptor;
 
 pub const DESCRIPTOR: Descriptor = Descriptor {
@@ -28,7 +27,7 @@ pub const DESCRIPTOR: Descriptor = Descriptor {
 const NAMED_NODES: usize = 5;
 
 struct ImagePlatform {
-    platforms: Option<Arc<PlatformCache>>,
+    platforms: Option<PlatformCache>,
     cache: Arc<Cache>,
 }
 
@@ -88,7 +87,7 @@ impl Plugin for ImagePlatform {
 impl PreEnqueue for ImagePlatform {
     fn pre_enqueue(&self, pod: &PodInfo) -> Verdict {
         let Some(platforms) = &self.platforms else { return Verdict::Success };
-        let asked = |q: &ImageQuery| !self.cache.image_is_everywhere(&normalized(&q.image));
+        let asked = |q: &ImageQuery| !self.cache.image_is_everywhere(&platform::reported_name(&q.image));
         // all are asked, not only up to the first that is not known
         let waiting: Vec<ImageQuery> =
             queries(pod).into_iter().filter(asked).filter(|q| platforms.ask(q) == Known::Waiting).collect();
