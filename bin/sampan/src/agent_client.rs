@@ -1,15 +1,17 @@
 //! The Kubernetes client of an agent: one HTTP/2 connection to its server carries every request and watch.
 //!
 //! Upstream counterpart: client-go's transport (HTTP/2 with ReadIdleTimeout 30 s and PingTimeout 15 s). What stays
-//! true: a wire that was cut is noticed by a ping, not by TCP's retransmissions, so watches begin anew within 45 s; a
-//! certificate that was renewed is used from the next connection on.
+//! true: a wire that was cut is noticed by a ping, not by TCP's retransmissions, so watches begin anew within 45 s; after
+//! the certificate was renewed new requests go over a new connection, and the old one ends with the last of its watches.
+//! Deliberately different: kubelet cuts the old connections.
+use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::Result;
-use http::Uri;
+use http::{Request, StatusCode, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -19,7 +21,7 @@ use sampan_pki::LiveCertificate;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
-use tower::{BoxError, ServiceBuilder, service_fn};
+use tower::{BoxError, Service, ServiceBuilder, service_fn};
 
 use crate::join::{self, Membership};
 
@@ -27,33 +29,90 @@ const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(15);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub fn new(membership: Arc<Membership>, own: Arc<LiveCertificate>) -> Result<kube::Client> {
-    let base: Uri = membership.server.parse()?;
-    let connector = service_fn(move |_: Uri| {
-        let (membership, own) = (membership.clone(), own.clone());
-        Box::pin(async move {
-            let authority = Some(membership.authority_pem.as_str());
-            let connecting = join::connect(&membership.server, authority, Some(own), Some(b"h2"));
-            match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
-                Ok(stream) => Ok(TokioIo::new(Wire(stream?))),
-                Err(_) => anyhow::bail!("connecting to {}: no answer in time", membership.server),
+/// The connections to the server, and what they say of the node's certificate.
+pub struct Transport {
+    connector: Connector,
+    current: RwLock<Client<Connector, Body>>,
+    on_refused: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Transport {
+    /// `on_refused` is called when the server does not accept the node's certificate.
+    pub fn new(
+        membership: Arc<Membership>,
+        own: Arc<LiveCertificate>,
+        on_refused: impl Fn() + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        let connector = Connector { membership, own };
+        let current = RwLock::new(connections(connector.clone()));
+        Arc::new(Self { connector, current, on_refused: Box::new(on_refused) })
+    }
+
+    pub fn client(self: &Arc<Self>) -> Result<kube::Client> {
+        let base: Uri = self.connector.membership.server.parse()?;
+        let transport = self.clone();
+        let service = service_fn(move |request: Request<Body>| {
+            let transport = transport.clone();
+            async move {
+                let client = transport.current.read().unwrap_or_else(PoisonError::into_inner).clone();
+                let response = client.request(request).await.map_err(BoxError::from)?;
+                if response.status() == StatusCode::UNAUTHORIZED {
+                    (transport.on_refused)();
+                }
+                Ok::<_, BoxError>(response)
             }
-        })
-    });
-    // anyhow's errors are no std errors
-    let connector = ServiceBuilder::new().map_err(BoxError::from).service(connector);
-    let client: Client<_, Body> = Client::builder(TokioExecutor::new())
+        });
+        let service = ServiceBuilder::new().layer(BaseUriLayer::new(base)).service(service);
+        Ok(kube::Client::new(service, "default"))
+    }
+
+    /// Has new requests go over a new connection, which presents the present certificate.
+    pub fn connect_anew(&self) {
+        let next = connections(self.connector.clone());
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = next;
+    }
+}
+
+fn connections(connector: Connector) -> Client<Connector, Body> {
+    Client::builder(TokioExecutor::new())
         .timer(TokioTimer::new())
         .http2_only(true)
         .http2_keep_alive_interval(PING_INTERVAL)
         .http2_keep_alive_timeout(PING_TIMEOUT)
-        .build(connector);
-    let service = ServiceBuilder::new().layer(BaseUriLayer::new(base)).service(client);
-    Ok(kube::Client::new(service, "default"))
+        .build(connector)
+}
+
+#[derive(Clone)]
+struct Connector {
+    membership: Arc<Membership>,
+    own: Arc<LiveCertificate>,
+}
+
+impl Service<Uri> for Connector {
+    type Response = TokioIo<Wire>;
+    // anyhow's errors are no std errors
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Uri) -> Self::Future {
+        let Self { membership, own } = self.clone();
+        Box::pin(async move {
+            let trusted = membership.trusted();
+            let connecting = join::connect(&membership.server, Some(&trusted), Some(own), Some(b"h2"));
+            match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
+                Ok(stream) => Ok(TokioIo::new(Wire(stream?))),
+                Err(_) => Err(format!("connecting to {}: no answer in time", membership.server).into()),
+            }
+        })
+    }
 }
 
 /// A TLS stream that tells the connection pool what it is.
-struct Wire(TlsStream<TcpStream>);
+pub struct Wire(TlsStream<TcpStream>);
 
 impl Connection for Wire {
     fn connected(&self) -> Connected {

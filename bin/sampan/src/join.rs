@@ -1,9 +1,12 @@
 //! Joining: what an agent asks of a server, and the server's answer (`POST /v1-sampan/join`).
 //!
 //! The agent makes its own key; only a certificate request travels. A node's name belongs to whoever used it first: the
-//! agent sends a password that it keeps on disk, and the server keeps the hash in a Secret, as K3s does.
+//! agent sends a password that it keeps on disk, and the server keeps the hash in a Secret, as K3s does. Renewal is the
+//! same request, proved by the certificate that is still good, and by the token when it is not. The answer carries all
+//! authorities that are to be trusted, so that nodes follow when a new one signs.
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use http::{Request, Response, StatusCode, header};
@@ -14,10 +17,14 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
 pub const PATH: &str = "/v1-sampan/join";
+/// Answers when the authorities are others than those whose hash is in `?known=`: how nodes hear of a new one.
+pub const AUTHORITY_CHANGES: &str = "/v1-sampan/authority";
 /// The cluster's certificate authority, for anyone: agents hold it against their token's hash.
 pub const AUTHORITY_PATH: &str = "/cacerts";
 /// Answers here are small.
 const MAX_BODY_BYTES: usize = 256 * 1024;
+/// How long the server may take to say which authority it has, when a start does not depend on it.
+const GLANCE: Duration = Duration::from_secs(5);
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -35,6 +42,9 @@ pub struct JoinAnswer {
     /// PEM.
     pub certificate: String,
     pub cluster: Cluster,
+    /// All authorities to be trusted, PEM.
+    #[serde(default)]
+    pub authority: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,48 +54,182 @@ pub struct Cluster {
     pub service_cidr: String,
     pub cluster_dns: String,
     pub cluster_domain: String,
+    /// Whether nodes share images; the server tells changes with every tunnel.
+    #[serde(default)]
+    pub embedded_registry: bool,
 }
 
 /// A node that has joined: how it reaches its server.
 pub struct Membership {
     pub server: String,
-    pub authority_pem: String,
-    pub pair: Pair,
+    pub node_name: String,
     pub cluster: Cluster,
+    trusted_pem: RwLock<String>,
 }
 
 impl Membership {
-    pub fn kubeconfig(&self) -> String {
-        sampan_pki::kubeconfig::kubeconfig("sampan", &self.server, &self.authority_pem, &self.pair)
+    fn new(server: &str, node_name: &str, cluster: Cluster, trusted_pem: String) -> Self {
+        Self {
+            server: server.to_string(),
+            node_name: node_name.to_string(),
+            cluster,
+            trusted_pem: RwLock::new(trusted_pem),
+        }
+    }
+
+    /// All authorities that this node trusts, PEM.
+    pub fn trusted(&self) -> String {
+        self.trusted_pem.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn trust(&self, pem: String) {
+        *self.trusted_pem.write().unwrap_or_else(PoisonError::into_inner) = pem;
     }
 }
 
-/// Joins, or takes up an earlier membership from `folder` when the certificate is still good.
-pub async fn join(folder: &Path, server: &str, token: Option<&str>, node_name: &str) -> Result<Membership> {
-    let (authority_path, cluster_path) = (folder.join("server-ca.crt"), folder.join("cluster.json"));
-    let stem = folder.join("client-kubelet");
-    let known = (
-        std::fs::read_to_string(&authority_path).ok(),
-        Pair::load(&stem),
-        std::fs::read(&cluster_path).ok().and_then(|bytes| serde_json::from_slice::<Cluster>(&bytes).ok()),
-    );
-    if let (Some(authority_pem), Some(pair), Some(cluster)) = known
-        && !pair.needs_renewal(sampan_world::clock::now())
-        && sampan_pki::certificate::certificates(&pair.certificate_pem)
-            .ok()
-            .and_then(|c| sampan_pki::certificate::subject(c.first()?))
-            .is_some_and(|s| s.common_name == format!("system:node:{node_name}"))
+/// The server said no: asking again in the same way is of no use.
+#[derive(Debug, thiserror::Error)]
+#[error("{server} refused to let node {node_name} join: {message}{advice}")]
+pub struct Refused {
+    pub server: String,
+    pub node_name: String,
+    pub code: StatusCode,
+    pub message: String,
+    pub advice: &'static str,
+}
+
+const TOKEN_ADVICE: &str = ". The token is not known there: it has expired, was deleted, or the server's was changed by \
+     `sampan token rotate`. Put the present one, from <data-dir>/server/node-token of the server or from `sampan token \
+     create`, into --token or the configuration file";
+
+/// The files of a membership.
+struct Files<'a>(&'a Path);
+
+impl Files<'_> {
+    fn stem(&self) -> std::path::PathBuf {
+        self.0.join("client-kubelet")
+    }
+
+    fn trusted(&self) -> std::path::PathBuf {
+        self.0.join("server-ca.crt")
+    }
+
+    fn cluster(&self) -> std::path::PathBuf {
+        self.0.join("cluster.json")
+    }
+
+    /// What is kept of an earlier membership of that name; the certificate may have expired.
+    fn load(&self, node_name: &str) -> Option<(String, Pair, Cluster)> {
+        let trusted = std::fs::read_to_string(self.trusted()).ok()?;
+        let pair = Pair::load(&self.stem())?;
+        let cluster = serde_json::from_slice(&std::fs::read(self.cluster()).ok()?).ok()?;
+        let is_own = pair.subject()?.common_name == format!("system:node:{node_name}");
+        is_own.then_some((trusted, pair, cluster))
+    }
+
+    fn save(&self, server: &str, trusted_pem: &str, pair: &Pair, cluster: &Cluster) -> Result<()> {
+        use sampan_world::files::write_atomic;
+        pair.save(&self.stem())?;
+        write_atomic(&self.cluster(), &serde_json::to_vec(cluster)?, 0o600)?;
+        if std::fs::read_to_string(self.trusted()).ok().as_deref() != Some(trusted_pem) {
+            write_atomic(&self.trusted(), trusted_pem.as_bytes(), 0o644)?;
+        }
+        write_kubeconfig(self.0, server, trusted_pem, pair)
+    }
+}
+
+fn write_kubeconfig(folder: &Path, server: &str, trusted_pem: &str, pair: &Pair) -> Result<()> {
+    let kubeconfig = sampan_pki::kubeconfig::kubeconfig("sampan", server, trusted_pem, pair);
+    let path = folder.join("kubelet.kubeconfig");
+    Ok(sampan_world::files::write_atomic(&path, kubeconfig.as_bytes(), 0o600)?)
+}
+
+/// Joins, or takes up an earlier membership from `folder` when its certificate has not expired.
+pub async fn join(
+    folder: &Path,
+    server: &str,
+    token: Option<&str>,
+    node_name: &str,
+) -> Result<(Membership, Pair)> {
+    let files = Files(folder);
+    let kept = files.load(node_name);
+    let token = token.map(|token| JoinToken::parse(token).context("--token")).transpose()?;
+    if let Some((trusted, pair, cluster)) = &kept
+        && pair.subject().is_some_and(|s| s.not_after > sampan_world::clock::now())
+        && !names_another_authority(server, token.as_ref(), trusted).await
     {
-        return Ok(Membership { server: server.to_string(), authority_pem, pair, cluster });
+        write_kubeconfig(folder, server, trusted, pair)?;
+        return Ok((Membership::new(server, node_name, cluster.clone(), trusted.clone()), pair.clone()));
     }
+    let trusted = kept.map(|(trusted, _, _)| trusted);
     let Some(token) = token else {
-        bail!("joining {server} needs --token (see `sampan token create` on the server)")
+        bail!(
+            "joining {server} needs --token (see `sampan token create` on the server){}",
+            if trusted.is_some() { "; the certificate of an earlier join has expired" } else { "" }
+        )
     };
-    let token = JoinToken::parse(token).context("--token")?;
-    let authority_pem = fetch_authority(server).await?;
-    if !token.trusts(&authority_pem).with_context(|| format!("the certificate authority of {server}"))? {
-        bail!("{server} is not the server that the token was made for: its certificate authority differs");
+    let joined = by_token(folder, server, &token, node_name, trusted.as_deref()).await?;
+    files.save(server, &joined.trusted_pem, &joined.pair, &joined.cluster)?;
+    Ok((Membership::new(server, node_name, joined.cluster, joined.trusted_pem), joined.pair))
+}
+
+/// Whether the token was made for an authority that this node does not know, and the server has just that: it was
+/// replaced without the old one's signature, and the owner gave the new token. A server that does not answer, or has
+/// another one than the token says, is no reason to give up a membership that is good.
+async fn names_another_authority(server: &str, token: Option<&JoinToken>, trusted: &str) -> bool {
+    let Some(token) = token else { return false };
+    if token.trusted(trusted).is_ok_and(|known| known.is_some()) {
+        return false;
     }
+    let Ok(Ok(offered)) = tokio::time::timeout(GLANCE, fetch_authority(server)).await else { return false };
+    token.trusted(&offered).is_ok_and(|known| known.is_some())
+}
+
+/// What a join brings.
+struct Joined {
+    pair: Pair,
+    cluster: Cluster,
+    trusted_pem: String,
+}
+
+/// Joins with a token. `trusted` is what an earlier join brought: a token that names no authority goes with it.
+async fn by_token(
+    folder: &Path,
+    server: &str,
+    token: &JoinToken,
+    node_name: &str,
+    trusted: Option<&str>,
+) -> Result<Joined> {
+    let trusted = match (trusted, &token.authority_hash) {
+        (Some(trusted), None) => trusted.to_string(),
+        _ => {
+            let offered = fetch_authority(server).await?;
+            let trusted = token.trusted(&offered);
+            let trusted = trusted.with_context(|| format!("the certificate authority of {server}"))?;
+            let Some(trusted) = trusted else {
+                bail!(
+                    "{server} is not the server that the token was made for: its certificate authority differs"
+                );
+            };
+            trusted
+        }
+    };
+    ask(folder, server, node_name, &trusted, Proof::Token(&token.bearer())).await
+}
+
+/// What a node proves itself with.
+enum Proof<'a> {
+    Token(&'a str),
+    Certificate(Arc<LiveCertificate>),
+}
+
+async fn ask(
+    folder: &Path,
+    server: &str,
+    node_name: &str,
+    trusted_pem: &str,
+    proof: Proof<'_>,
+) -> Result<Joined> {
     let (key_pem, certificate_request) =
         sampan_pki::authority::new_request(&format!("system:node:{node_name}"))?;
     let request = JoinRequest {
@@ -94,20 +238,65 @@ pub async fn join(folder: &Path, server: &str, token: Option<&str>, node_name: &
         certificate_request,
     };
     let body = serde_json::to_vec(&request)?;
-    let request = Request::post(PATH)
-        .header(header::AUTHORIZATION, format!("Bearer {}", token.bearer()))
-        .header(header::CONTENT_TYPE, "application/json");
-    let (status, body) = send(server, Some(&authority_pem), request, body).await?;
-    if status != StatusCode::OK {
-        bail!("{server} refused to let node {node_name} join: {}", message(&body));
+    let mut request = Request::post(PATH).header(header::CONTENT_TYPE, "application/json");
+    let mut own = None;
+    let mut advice = "";
+    match proof {
+        Proof::Token(token) => {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+            advice = TOKEN_ADVICE;
+        }
+        Proof::Certificate(certificate) => own = Some(certificate),
+    }
+    let (code, body) = send(server, Some(trusted_pem), own, request, body).await?;
+    if code != StatusCode::OK {
+        let (server, node_name) = (server.to_string(), node_name.to_string());
+        let advice = if code == StatusCode::UNAUTHORIZED { advice } else { "" };
+        return Err(Refused { server, node_name, code, message: message(&body), advice }.into());
     }
     let answer: JoinAnswer =
         serde_json::from_slice(&body).with_context(|| format!("the answer of {server}"))?;
     let pair = Pair { certificate_pem: answer.certificate, key_pem };
-    pair.save(&stem)?;
-    sampan_world::files::write_atomic(&cluster_path, &serde_json::to_vec(&answer.cluster)?, 0o600)?;
-    sampan_world::files::write_atomic(&authority_path, authority_pem.as_bytes(), 0o644)?;
-    Ok(Membership { server: server.to_string(), authority_pem, pair, cluster: answer.cluster })
+    pair.certified_key().with_context(|| format!("the certificate from {server}"))?;
+    let trusted_pem = answer.authority.unwrap_or_else(|| trusted_pem.to_string());
+    sampan_pki::certificate::certificates(&trusted_pem)
+        .with_context(|| format!("the certificate authority of {server}"))?;
+    Ok(Joined { pair, cluster: answer.cluster, trusted_pem })
+}
+
+/// A new certificate for a node that has joined, saved: proved by the present one (`own`, `None` when it is good no
+/// more), else by the token.
+pub async fn renew(
+    folder: &Path,
+    membership: &Membership,
+    own: Option<Arc<LiveCertificate>>,
+    token: Option<&str>,
+) -> Result<Pair> {
+    let Membership { server, node_name, .. } = membership;
+    let trusted = membership.trusted();
+    let mut refusal = None;
+    let mut joined = None;
+    if let Some(own) = own {
+        match ask(folder, server, node_name, &trusted, Proof::Certificate(own)).await {
+            Ok(answer) => joined = Some(answer),
+            Err(error) if error.is::<Refused>() => refusal = Some(error),
+            Err(error) => return Err(error),
+        }
+    }
+    let joined = match (joined, token) {
+        (Some(joined), _) => joined,
+        (None, Some(token)) => {
+            let token = JoinToken::parse(token).context("--token")?;
+            by_token(folder, server, &token, node_name, Some(&trusted)).await?
+        }
+        (None, None) => {
+            let error = refusal.unwrap_or_else(|| anyhow::anyhow!("the node's certificate has expired"));
+            return Err(error.context("start this node with --token to have it join anew"));
+        }
+    };
+    Files(folder).save(server, &joined.trusted_pem, &joined.pair, &joined.cluster)?;
+    membership.trust(joined.trusted_pem);
+    Ok(joined.pair)
 }
 
 /// The secret that proves that this machine is the one that used the node's name first.
@@ -125,7 +314,7 @@ fn node_password(folder: &Path) -> Result<String> {
 }
 
 async fn fetch_authority(server: &str) -> Result<String> {
-    let (status, body) = send(server, None, Request::get(AUTHORITY_PATH), Vec::new()).await?;
+    let (status, body) = send(server, None, None, Request::get(AUTHORITY_PATH), Vec::new()).await?;
     if status != StatusCode::OK {
         bail!("{server}{AUTHORITY_PATH} answered {status}");
     }
@@ -150,20 +339,16 @@ pub fn address_of(server: &str) -> Result<(String, u16)> {
     }
 }
 
-/// A TLS connection to the server; without an authority nothing is verified, which only fetching it may do.
+/// A TLS connection to the server; without authorities nothing is verified, which only fetching them may do.
 pub async fn connect(
     server: &str,
-    authority_pem: Option<&str>,
+    trusted_pem: Option<&str>,
     own: Option<Arc<LiveCertificate>>,
     protocol: Option<&[u8]>,
 ) -> Result<tokio_rustls::client::TlsStream<TcpStream>> {
     let (host, port) = address_of(server)?;
-    let mut config = match authority_pem {
-        Some(pem) => {
-            let certificates = sampan_pki::certificate::certificates(pem)?;
-            let authority = certificates.first().context("the authority's file holds no certificate")?;
-            sampan_pki::tls::client_config(authority, own)?
-        }
+    let mut config = match trusted_pem {
+        Some(pem) => sampan_pki::tls::client_config(&sampan_pki::certificate::certificates(pem)?, own)?,
         None => unverified(),
     };
     config.alpn_protocols = protocol.map(<[u8]>::to_vec).into_iter().collect();
@@ -172,17 +357,38 @@ pub async fn connect(
     stream.set_nodelay(true)?;
     let name = rustls::pki_types::ServerName::try_from(host)?;
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-    connector.connect(name, stream).await.with_context(|| format!("TLS with {server}"))
+    connector.connect(name, stream).await.map_err(|error| {
+        let advice = advice(&error);
+        anyhow::Error::new(error).context(format!("TLS with {server}{advice}"))
+    })
+}
+
+/// What the owner may do about a server that is not trusted.
+fn advice(error: &std::io::Error) -> String {
+    use rustls::CertificateError as Bad;
+    let found = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
+    match found {
+        Some(rustls::Error::InvalidCertificate(
+            Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYet | Bad::NotValidYetContext { .. },
+        )) => format!(" (is this machine's clock right? It says {})", sampan_world::clock::now_seconds()),
+        Some(rustls::Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature)) => {
+            " (its certificate authority is not the one this node joined: after `sampan certificate rotate-ca --force` \
+             start this node with the server's new token)"
+                .to_string()
+        }
+        _ => String::new(),
+    }
 }
 
 async fn send(
     server: &str,
-    authority_pem: Option<&str>,
+    trusted_pem: Option<&str>,
+    own: Option<Arc<LiveCertificate>>,
     request: http::request::Builder,
     body: Vec<u8>,
 ) -> Result<(StatusCode, Vec<u8>)> {
     let (host, port) = address_of(server)?;
-    let stream = connect(server, authority_pem, None, Some(b"http/1.1")).await?;
+    let stream = connect(server, trusted_pem, own, Some(b"http/1.1")).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
     let request =

@@ -1,5 +1,8 @@
 //! `sampan token`: bootstrap tokens, which expire, besides the server's own that does not. Names and output are K3s'.
-use std::path::PathBuf;
+//!
+//! Deliberately different from K3s: the server's own token is changed in its data folder, where the running server sees
+//! it; nothing is restarted, and nodes that have joined do not need it.
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
@@ -10,6 +13,8 @@ use kube::api::{DeleteParams, ListParams, PostParams};
 use sampan_pki::bootstrap_token::Stored;
 use sampan_pki::join_token::Credentials;
 use sampan_pki::{BootstrapToken, JoinToken};
+
+use crate::certificate::server;
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -33,6 +38,22 @@ pub enum Command {
         #[arg(required = true)]
         tokens: Vec<String>,
     },
+    /// Change the server's own token, without a restart; to be run on the server
+    ///
+    /// Nodes that have joined go on. Those that join later, or whose certificate expired while they were switched off,
+    /// need the new one, which is in <data-dir>/server/node-token; a --token in a server's or agent's configuration file
+    /// has to be changed.
+    Rotate {
+        /// Where everything is kept
+        #[arg(short, long, default_value = crate::certificate::files::DATA_DIR)]
+        data_dir: PathBuf,
+        /// The present token, to be sure which cluster this is (default: as in the data folder)
+        #[arg(short, long)]
+        token: Option<String>,
+        /// The new one (default: made up)
+        #[arg(long)]
+        new_token: Option<String>,
+    },
 }
 
 #[derive(clap::Args)]
@@ -46,8 +67,12 @@ const NAMESPACE: &str = "kube-system";
 const GROUPS: &[&str] = &["system:bootstrappers:sampan:default-node-token"];
 
 pub fn run(command: Command) -> Result<()> {
+    if let Command::Rotate { data_dir, token, new_token } = command {
+        return rotate(&data_dir, token.as_deref(), new_token.as_deref());
+    }
     crate::runtime()?.block_on(async {
         match command {
+            Command::Rotate { .. } => Ok(()),
             Command::Create { at, description, ttl } => create(&at, &description, &ttl).await,
             Command::List(at) => list(&at).await,
             Command::Delete { at, tokens } => delete(&at, &tokens).await,
@@ -63,7 +88,7 @@ async fn secrets(at: &At) -> Result<(Api<Secret>, String)> {
 }
 
 async fn create(at: &At, description: &str, ttl: &str) -> Result<()> {
-    let expires = match seconds(ttl)? {
+    let expires = match seconds(ttl).context("--ttl")? {
         0 => None,
         seconds => Some(sampan_world::clock::now_seconds() + jiff::SignedDuration::from_secs(seconds)),
     };
@@ -117,8 +142,59 @@ async fn delete(at: &At, tokens: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// How long a running server is waited for; it acts at once.
+const TAKEN_UP_MS: u64 = 5000;
+
+fn rotate(data_dir: &Path, token: Option<&str>, new_token: Option<&str>) -> Result<()> {
+    let folder = data_dir.join("server");
+    let (token_path, node_token) = (folder.join("token"), folder.join("node-token"));
+    let kept = std::fs::read_to_string(&token_path)
+        .with_context(|| format!("reading {}: tokens are changed on the server", token_path.display()))?;
+    if let Some(token) = token
+        && JoinToken::parse(token).context("--token")?.bearer() != kept.trim()
+    {
+        bail!("--token is not the present token, which is in {}", token_path.display());
+    }
+    let secret = match new_token {
+        Some(new) => JoinToken::parse(new).context("--new-token")?.bearer(),
+        None => server::new_secret(),
+    };
+    if BootstrapToken::parse(&secret).is_some() {
+        bail!("--new-token has the form of a token that expires: use `sampan token create`");
+    }
+    let tls = folder.join("tls");
+    let free = crate::certificate::files::is_free(&tls)?;
+    server::write_token(&folder, &secret)?;
+    match free {
+        Some(_) => {
+            let path = tls.join("server-ca.crt");
+            let pem =
+                std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+            let certificates = sampan_pki::certificate::certificates(&pem)?;
+            let hash = certificates.first().map(|first| sampan_pki::sha256_hex(first)).unwrap_or_default();
+            server::write_node_token(&folder, &hash, &secret)?;
+        }
+        None => wait_until_taken_up(&node_token, &secret)?,
+    }
+    println!("token changed; nodes join with the one in {}", node_token.display());
+    println!("change it where a configuration file or service has it (--token, SAMPAN_TOKEN)");
+    Ok(())
+}
+
+/// The running server writes `node-token` when it knows the new secret.
+fn wait_until_taken_up(node_token: &Path, secret: &str) -> Result<()> {
+    for _ in 0..TAKEN_UP_MS / 20 {
+        let text = std::fs::read_to_string(node_token).unwrap_or_default();
+        if JoinToken::parse(&text).is_ok_and(|t| t.bearer() == secret) {
+            return Ok(());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    bail!("the running server did not take up the new token: its log says why")
+}
+
 /// Go's durations, as far as a lifetime needs them.
-fn seconds(text: &str) -> Result<i64> {
+pub fn seconds(text: &str) -> Result<i64> {
     if text == "0" {
         return Ok(0);
     }
@@ -132,14 +208,14 @@ fn seconds(text: &str) -> Result<i64> {
             'h' => 3600,
             'm' => 60,
             's' => 1,
-            _ => bail!("--ttl {text}: expected hours, minutes and seconds, as in 1h30m"),
+            _ => bail!("{text}: expected hours, minutes and seconds, as in 1h30m"),
         };
-        let number: i64 = digits.parse().with_context(|| format!("--ttl {text}"))?;
-        total = number.checked_mul(unit).and_then(|n| total.checked_add(n)).context("--ttl is too long")?;
+        let number: i64 = digits.parse().with_context(|| text.to_string())?;
+        total = number.checked_mul(unit).and_then(|n| total.checked_add(n)).context("it is too long")?;
         digits.clear();
     }
     if !digits.is_empty() {
-        bail!("--ttl {text}: the unit is missing (h, m or s)");
+        bail!("{text}: the unit is missing (h, m or s)");
     }
     Ok(total)
 }

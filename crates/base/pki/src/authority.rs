@@ -1,8 +1,11 @@
 //! The cluster's certificate authority. Upstream counterpart: kubeadm's phases/certs and util/pkiutil.
 //!
 //! What stays true: the key is written before the certificate, so a crash in between leaves a key that the next
-//! start uses; neither is ever replaced. Certificates start to be valid when the authority does, in the past, since
-//! boards without a battery come up with yesterday's clock.
+//! start uses; only [`crate::rotation`] replaces them. Certificates start to be valid in the past, since boards without
+//! a battery come up with yesterday's clock; when one was really issued is told by its serial number, so that renewal
+//! can go by a fraction of its life. `server-ca.crt` is a bundle: the certificate that belongs to the key comes first,
+//! then what chains it to earlier authorities. All of it is trusted, for servers and clients alike; what of it is not
+//! self-signed is presented with every certificate, so that who knows only an earlier authority trusts it too.
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -16,28 +19,32 @@ use sampan_world::{clock, files, random};
 use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::prelude::FromDer;
 
-use crate::{Pair, PkiError};
+use crate::{Pair, PkiError, certificate, keys};
 
 const DAY_SECONDS: i64 = 24 * 60 * 60;
 /// How long the authority lives.
 pub const AUTHORITY_DAYS: i64 = 3650;
 /// How long what it signs lives.
 pub const CERTIFICATE_DAYS: i64 = 365;
-/// Certificates with fewer days left than this are to be renewed.
-pub const RENEW_BELOW_DAYS: i64 = 90;
 /// 2025-01-01: the start of every certificate's validity, and the least that the clock is taken to be.
-const EPOCH_SECONDS: i64 = 1_735_689_600;
+pub(crate) const EPOCH_SECONDS: i64 = 1_735_689_600;
+/// The first byte of serial numbers that tell, in the next five, the second of issue.
+pub(crate) const TELLING_SERIAL: u8 = 0x01;
 /// Certificate requests come from agents that only hold a token.
 const MAX_REQUEST_BYTES: usize = 16 * 1024;
 const MAX_NAMES: usize = 64;
 /// Groups (O) that a certificate can hold.
 const MAX_GROUPS: usize = 2;
 
-/// The key and certificate that the cluster's other certificates are signed with.
+/// The key and certificates that the cluster's other certificates are signed with.
 pub struct Authority {
-    certificate_pem: String,
-    certificate: CertificateDer<'static>,
+    bundle: Vec<CertificateDer<'static>>,
+    bundle_pem: String,
+    /// What is presented besides a certificate of its own.
+    chain_pem: String,
     issuer: Issuer<'static, KeyPair>,
+    not_after_seconds: i64,
+    lifetime_seconds: i64,
 }
 
 impl Authority {
@@ -54,34 +61,74 @@ impl Authority {
                 pem
             }
         };
-        Self::from_parts(pem, key, &path)
+        Self::from_parts(pem, key, &path.display().to_string())
     }
 
-    fn from_parts(certificate_pem: String, key: KeyPair, path: &Path) -> Result<Self, PkiError> {
-        let malformed = |reason: String| PkiError::Malformed { path: path.display().to_string(), reason };
-        let certificate = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
+    /// The authority of that bundle and key (PEM); `name` says in errors where they come from.
+    pub fn from_pem(bundle_pem: &str, key_pem: &str, name: &str) -> Result<Self, PkiError> {
+        let malformed = |reason| PkiError::Malformed { path: format!("{name}, its key"), reason };
+        let key = keys::read(key_pem).map_err(malformed)?;
+        Self::from_parts(bundle_pem.to_string(), key, name)
+    }
+
+    pub(crate) fn from_parts(bundle_pem: String, key: KeyPair, name: &str) -> Result<Self, PkiError> {
+        let malformed = |reason: String| PkiError::Malformed { path: name.to_string(), reason };
+        let bundle = certificate::certificates(&bundle_pem)
             .map_err(|e| malformed(format!("not a certificate: {e}")))?;
-        let (_, parsed) = x509_parser::parse_x509_certificate(&certificate)
+        let mut chain_pem = String::new();
+        for one in &bundle {
+            let told = certificate::details(one).ok_or_else(|| malformed("not a certificate".into()))?;
+            if !told.is_self_signed {
+                chain_pem.push_str(&certificate::pem(one));
+            }
+        }
+        let Some(signer) = bundle.first() else { return Err(malformed("there is none".into())) };
+        let (_, parsed) = x509_parser::parse_x509_certificate(signer)
             .map_err(|e| malformed(format!("not a certificate: {e}")))?;
         if parsed.public_key().raw != key.subject_public_key_info() {
             return Err(malformed("the certificate does not belong to server-ca.key".into()));
         }
-        let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(|e| malformed(e.to_string()))?;
-        Ok(Self { certificate_pem, certificate, issuer })
+        let not_after_seconds = parsed.validity().not_after.timestamp();
+        let issuer = Issuer::from_ca_cert_der(signer, key).map_err(|e| malformed(e.to_string()))?;
+        let lifetime_seconds = CERTIFICATE_DAYS * DAY_SECONDS;
+        Ok(Self { bundle, bundle_pem, chain_pem, issuer, not_after_seconds, lifetime_seconds })
     }
 
-    /// What `/cacerts` answers and kubeconfigs and pods carry.
+    /// Signs for `seconds` instead of [`CERTIFICATE_DAYS`].
+    pub fn with_lifetime(mut self, seconds: i64) -> Self {
+        self.lifetime_seconds = seconds;
+        self
+    }
+
+    pub fn lifetime_seconds(&self) -> i64 {
+        self.lifetime_seconds
+    }
+
+    /// What `/cacerts` answers and kubeconfigs and pods carry: all certificates that are trusted.
     pub fn certificate_pem(&self) -> &str {
-        &self.certificate_pem
+        &self.bundle_pem
     }
 
-    pub fn certificate(&self) -> &CertificateDer<'static> {
-        &self.certificate
+    /// All certificates that are trusted, the signer's first.
+    pub fn trusted(&self) -> &[CertificateDer<'static>] {
+        &self.bundle
     }
 
-    /// What join tokens carry: the SHA-256 of the certificate's DER form, in hex.
+    /// What join tokens carry: the SHA-256 of the signer's certificate in DER form, in hex.
     pub fn hash(&self) -> String {
-        crate::sha256_hex(&self.certificate)
+        self.bundle.first().map(|signer| crate::sha256_hex(signer)).unwrap_or_default()
+    }
+
+    /// Whether this authority's present key signed that certificate.
+    pub fn has_signed(&self, certificate: &CertificateDer<'_>) -> bool {
+        let Some(signer) = self.bundle.first() else { return false };
+        certificate::is_signed_by(certificate, signer)
+    }
+
+    /// The end of what would be signed now: no certificate outlives its authority.
+    pub fn next_not_after(&self) -> jiff::Timestamp {
+        let seconds = (now_seconds() + self.lifetime_seconds).min(self.not_after_seconds);
+        jiff::Timestamp::from_second(seconds).unwrap_or(jiff::Timestamp::MAX)
     }
 
     /// A serving certificate for those DNS names and IP addresses.
@@ -126,15 +173,37 @@ impl Authority {
             return Err(refused(format!("it is longer than {MAX_REQUEST_BYTES} bytes")));
         }
         let key = requested_key(request_pem).map_err(refused)?;
-        let signed = params.signed_by(&key, &self.issuer);
-        Ok(signed.map_err(|source| PkiError::Certificate { subject, source })?.pem())
+        let signed = self.dated(params).signed_by(&key, &self.issuer);
+        let own_pem = signed.map_err(|source| PkiError::Certificate { subject, source })?.pem();
+        Ok(own_pem + &self.chain_pem)
     }
 
     fn pair(&self, params: CertificateParams) -> Result<Pair, PkiError> {
         let wrap = |source| PkiError::Certificate { subject: common_name(&params), source };
         let key = KeyPair::generate().map_err(wrap)?;
-        let certificate = params.signed_by(&key, &self.issuer).map_err(wrap)?;
-        Ok(Pair { certificate_pem: certificate.pem(), key_pem: key.serialize_pem() })
+        let certificate = self.dated(params.clone()).signed_by(&key, &self.issuer).map_err(wrap)?;
+        Ok(Pair { certificate_pem: certificate.pem() + &self.chain_pem, key_pem: key.serialize_pem() })
+    }
+
+    fn dated(&self, params: CertificateParams) -> CertificateParams {
+        ending(params, self.next_not_after().as_second())
+    }
+
+    /// A new authority that knows nothing of this one: its key and its own certificate (PEM).
+    pub(crate) fn unrelated() -> Result<(KeyPair, String), PkiError> {
+        let key = KeyPair::generate()
+            .map_err(|source| PkiError::Certificate { subject: "the new authority".to_string(), source })?;
+        let pem = self_signed(&key)?;
+        Ok((key, pem))
+    }
+
+    /// This authority's certificate over another one's name and key: who trusts this one then trusts the other.
+    pub(crate) fn cross_sign(&self, other_pem: &str, other_key: &KeyPair) -> Result<String, PkiError> {
+        let other = certificate::certificates(other_pem)?;
+        let subject = other.first().and_then(certificate::subject).map(|s| s.common_name).unwrap_or_default();
+        let params = ending(authority_params(&subject), self.not_after_seconds);
+        let signed = params.signed_by(other_key, &self.issuer);
+        Ok(signed.map_err(|source| PkiError::Certificate { subject, source })?.pem())
     }
 }
 
@@ -169,8 +238,8 @@ fn requested_key(request_pem: &str) -> Result<SubjectPublicKeyInfo, String> {
 /// The ECDSA P-256 key in that file, made when it is not there.
 pub(crate) fn load_or_create_key(path: &Path) -> Result<KeyPair, PkiError> {
     if let Some(pem) = read_optional(path)? {
-        return KeyPair::from_pem(&pem)
-            .map_err(|e| PkiError::Malformed { path: path.display().to_string(), reason: e.to_string() });
+        return keys::read(&pem)
+            .map_err(|reason| PkiError::Malformed { path: path.display().to_string(), reason });
     }
     let subject = path.display().to_string();
     let key = KeyPair::generate().map_err(|source| PkiError::Certificate { subject, source })?;
@@ -178,7 +247,7 @@ pub(crate) fn load_or_create_key(path: &Path) -> Result<KeyPair, PkiError> {
     Ok(key)
 }
 
-fn read_optional(path: &Path) -> Result<Option<String>, PkiError> {
+pub(crate) fn read_optional(path: &Path) -> Result<Option<String>, PkiError> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -191,17 +260,19 @@ pub(crate) fn io_error(path: &Path, source: io::Error) -> PkiError {
 }
 
 fn self_signed(key: &KeyPair) -> Result<String, PkiError> {
-    let subject = format!("sampan-ca@{}", now_seconds());
-    let mut params = base(name(&subject, &[]), AUTHORITY_DAYS);
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    // two that are made in the same second must not share a name: chains are found by it
+    let subject = format!("sampan-ca@{}.{}", now_seconds(), random::suffix(4));
+    let mut params = ending(authority_params(&subject), now_seconds() + AUTHORITY_DAYS * DAY_SECONDS);
     params.use_authority_key_identifier_extension = false;
-    params.key_usages = vec![
-        KeyUsagePurpose::DigitalSignature,
-        KeyUsagePurpose::KeyEncipherment,
-        KeyUsagePurpose::KeyCertSign,
-    ];
     let signed = params.self_signed(key);
     Ok(signed.map_err(|source| PkiError::Certificate { subject, source })?.pem())
+}
+
+fn authority_params(subject: &str) -> CertificateParams {
+    let mut params = base(name(subject, &[]));
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages.push(KeyUsagePurpose::KeyCertSign);
+    params
 }
 
 fn client(user: &str, groups: &[&str]) -> Result<CertificateParams, PkiError> {
@@ -209,7 +280,7 @@ fn client(user: &str, groups: &[&str]) -> Result<CertificateParams, PkiError> {
         let reason = format!("more than {MAX_GROUPS} groups");
         return Err(PkiError::Request { subject: user.to_string(), reason });
     }
-    let mut params = base(name(user, groups), CERTIFICATE_DAYS);
+    let mut params = base(name(user, groups));
     params.extended_key_usages = vec![Usage::ClientAuth];
     Ok(params)
 }
@@ -220,25 +291,29 @@ fn serving(common_name: &str, groups: &[&str], names: &[String]) -> Result<Certi
         let reason = format!("more than {MAX_NAMES} names");
         return Err(PkiError::Request { subject: common_name.to_string(), reason });
     }
-    let mut params = base(name(common_name, groups), CERTIFICATE_DAYS);
+    let mut params = base(name(common_name, groups));
     params.subject_alt_names = CertificateParams::new(names.to_vec()).map_err(wrap)?.subject_alt_names;
     params.extended_key_usages = vec![Usage::ServerAuth];
     Ok(params)
 }
 
-fn base(subject: DistinguishedName, days: i64) -> CertificateParams {
+fn base(subject: DistinguishedName) -> CertificateParams {
     let mut params = CertificateParams::default();
     let mut serial = [0; 16];
     random::fill(&mut serial);
-    // a positive number that needs no leading zero byte
-    serial[0] = (serial[0] & 0x7f) | 0x40;
+    serial[0] = TELLING_SERIAL;
+    serial[1..6].copy_from_slice(&now_seconds().to_be_bytes()[3..]);
     params.serial_number = Some(SerialNumber::from_slice(&serial));
     params.distinguished_name = subject;
     params.not_before = rcgen::date_time_ymd(2025, 1, 1);
-    let until_seconds = (now_seconds() + days * DAY_SECONDS).unsigned_abs();
-    params.not_after = rcgen::date_time_ymd(1970, 1, 1) + std::time::Duration::from_secs(until_seconds);
     params.use_authority_key_identifier_extension = true;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
+    params
+}
+
+fn ending(mut params: CertificateParams, at_seconds: i64) -> CertificateParams {
+    let since_1970 = std::time::Duration::from_secs(at_seconds.max(EPOCH_SECONDS).unsigned_abs());
+    params.not_after = rcgen::date_time_ymd(1970, 1, 1) + since_1970;
     params
 }
 
@@ -281,7 +356,8 @@ mod tests {
         let found = subject(&pair.certificates().unwrap()[0]).unwrap();
         assert_eq!(found.common_name, "system:node:a");
         assert_eq!(found.organizations, ["system:nodes", "extra"]);
-        assert!(pair.days_left(clock::now()).unwrap() >= CERTIFICATE_DAYS - 1);
+        assert_eq!((found.not_after - found.issued).get_seconds(), CERTIFICATE_DAYS * DAY_SECONDS);
+        assert!((clock::now() - found.issued).get_seconds() < 60, "the serial number tells when");
         assert!(again.client("u", &["a", "b", "c"]).is_err());
         // a crash between key and certificate: the key stays
         let key = fs::read(folder.path().join("server-ca.key")).unwrap();
@@ -291,6 +367,20 @@ mod tests {
         // somebody else's key is noticed
         fs::write(folder.path().join("server-ca.key"), KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert!(Authority::load_or_create(folder.path()).is_err());
+    }
+
+    #[test]
+    fn nothing_outlives_the_authority() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut authority = Authority::load_or_create(folder.path()).unwrap().with_lifetime(100);
+        let ends = |a: &Authority| {
+            let pair = a.client("u", &[]).unwrap();
+            subject(&pair.certificates().unwrap()[0]).unwrap().not_after.as_second()
+                - clock::now().as_second()
+        };
+        assert!((98..=100).contains(&ends(&authority)));
+        authority.not_after_seconds = clock::now().as_second() + 50;
+        assert!((48..=50).contains(&ends(&authority)));
     }
 
     #[test]

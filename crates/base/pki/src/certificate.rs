@@ -1,19 +1,20 @@
 //! Certificates with their keys: reading them, when they end, and serving them while they are renewed.
 //!
 //! Upstream counterpart: client-go util/certificate and apiserver's dynamic certificates. What stays true: a new
-//! certificate is served to the next handshake, no connection is cut for it.
+//! certificate is served to the next handshake, no connection is cut for it; a handshake that finds the certificate due
+//! for renewal says so, which is how a clock that jumped is noticed.
 use std::path::Path;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, OnceLock, RwLock};
 
 use jiff::Timestamp;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use sampan_world::files;
+use sampan_world::{clock, files};
 
-use crate::PkiError;
-use crate::authority::{RENEW_BELOW_DAYS, io_error};
+use crate::authority::{CERTIFICATE_DAYS, EPOCH_SECONDS, TELLING_SERIAL, io_error};
+use crate::{PkiError, renewal};
 
 /// A certificate (with its chain) and its private key, PEM.
 #[derive(Clone)]
@@ -44,23 +45,6 @@ impl Pair {
         write("crt", &self.certificate_pem, 0o644)
     }
 
-    /// The saved pair when `fits` accepts its certificate and it has long enough to live, or a new one, saved.
-    pub fn load_or_make(
-        stem: &Path,
-        fits: impl FnOnce(&Subject) -> bool,
-        make: impl FnOnce() -> Result<Self, PkiError>,
-    ) -> Result<Self, PkiError> {
-        if let Some(pair) = Self::load(stem) {
-            let subject = pair.certificates()?.first().and_then(|c| subject(c));
-            if subject.is_some_and(|s| fits(&s)) && !pair.needs_renewal(sampan_world::clock::now()) {
-                return Ok(pair);
-            }
-        }
-        let pair = make()?;
-        pair.save(stem)?;
-        Ok(pair)
-    }
-
     pub fn certificates(&self) -> Result<Vec<CertificateDer<'static>>, PkiError> {
         certificates(&self.certificate_pem)
     }
@@ -76,14 +60,15 @@ impl Pair {
         Ok(key)
     }
 
-    /// Whole days until the certificate ends; negative when it has.
-    pub fn days_left(&self, now: Timestamp) -> Option<i64> {
-        let not_after = subject(self.certificates().ok()?.first()?)?.not_after;
-        Some((not_after.as_second() - now.as_second()).div_euclid(24 * 60 * 60))
+    /// Who the certificate is, and when it ends.
+    pub fn subject(&self) -> Option<Subject> {
+        subject(self.certificates().ok()?.first()?)
     }
 
-    pub fn needs_renewal(&self, now: Timestamp) -> bool {
-        self.days_left(now).is_none_or(|days| days < RENEW_BELOW_DAYS)
+    /// When it is to be renewed; what cannot be read is due.
+    pub fn renew_at(&self) -> Timestamp {
+        let certificates = self.certificates().unwrap_or_default();
+        certificates.first().and_then(renewal::renew_at).unwrap_or(Timestamp::MIN)
     }
 }
 
@@ -97,6 +82,18 @@ pub fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, PkiError>
     }
 }
 
+/// The PEM form of a certificate.
+pub fn pem(certificate: &CertificateDer<'_>) -> String {
+    use base64::Engine;
+    let body = base64::engine::general_purpose::STANDARD.encode(certificate);
+    let mut pem = "-----BEGIN CERTIFICATE-----\n".to_string();
+    for line in body.as_bytes().chunks(64) {
+        pem.push_str(&String::from_utf8_lossy(line));
+        pem.push('\n');
+    }
+    pem + "-----END CERTIFICATE-----\n"
+}
+
 /// What of a certificate says who it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
@@ -104,6 +101,9 @@ pub struct Subject {
     pub organizations: Vec<String>,
     /// DNS names and IP addresses, sorted.
     pub names: Vec<String>,
+    /// When it was signed: validity begins earlier (see [`crate::authority`]). Of certificates that don't tell, as long
+    /// before their end as ours live.
+    pub issued: Timestamp,
     pub not_after: Timestamp,
 }
 
@@ -126,33 +126,115 @@ pub fn subject(certificate: &CertificateDer<'_>) -> Option<Subject> {
         })
         .collect();
     names.sort_unstable();
+    let not_after = parsed.validity().not_after.timestamp();
+    let issued = issued_seconds(parsed.raw_serial(), not_after);
     Some(Subject {
         // the last one counts, as in Go's pkix.Name
         common_name: parsed.subject().iter_common_name().last().and_then(text).unwrap_or_default(),
         organizations: parsed.subject().iter_organization().filter_map(text).collect(),
         names,
-        not_after: Timestamp::from_second(parsed.validity().not_after.timestamp()).ok()?,
+        issued: Timestamp::from_second(issued).ok()?,
+        not_after: Timestamp::from_second(not_after).ok()?,
     })
 }
 
-/// A serving certificate that can be replaced while the server runs.
-#[derive(Debug)]
-pub struct LiveCertificate(RwLock<Arc<CertifiedKey>>);
+fn issued_seconds(serial: &[u8], not_after: i64) -> i64 {
+    let told = match serial {
+        [TELLING_SERIAL, a, b, c, d, e, random @ ..] if random.len() == 10 => {
+            i64::from_be_bytes([0, 0, 0, *a, *b, *c, *d, *e])
+        }
+        _ => i64::MAX,
+    };
+    match (EPOCH_SECONDS..=not_after).contains(&told) {
+        true => told,
+        false => not_after - CERTIFICATE_DAYS * 24 * 60 * 60,
+    }
+}
+
+/// What else of a certificate is worth checking and telling.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Details {
+    pub issuer: String,
+    /// As K3s names them: `ClientAuth`, `ServerAuth`, `CertSign`.
+    pub usages: Vec<String>,
+    pub is_authority: bool,
+    pub is_self_signed: bool,
+    pub not_before: Timestamp,
+}
+
+/// The details of a certificate; `None` when it cannot be read.
+pub fn details(certificate: &CertificateDer<'_>) -> Option<Details> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let usage = parsed.key_usage().ok().flatten();
+    let may_sign = usage.as_ref().is_none_or(|u| u.value.key_cert_sign());
+    let is_ca = parsed.basic_constraints().ok().flatten().is_some_and(|b| b.value.ca);
+    let extended = parsed.extended_key_usage().ok().flatten();
+    let has = |is: bool, name: &str| is.then(|| name.to_string());
+    let usages = [
+        has(extended.as_ref().is_some_and(|e| e.value.client_auth), "ClientAuth"),
+        has(extended.as_ref().is_some_and(|e| e.value.server_auth), "ServerAuth"),
+        has(is_ca && may_sign, "CertSign"),
+    ];
+    let text = |a: &x509_parser::x509::AttributeTypeAndValue<'_>| a.as_str().ok().map(str::to_string);
+    Some(Details {
+        issuer: parsed.issuer().iter_common_name().last().and_then(text).unwrap_or_default(),
+        usages: usages.into_iter().flatten().collect(),
+        is_authority: is_ca && may_sign,
+        is_self_signed: parsed.issuer().as_raw() == parsed.subject().as_raw()
+            && parsed.verify_signature(None).is_ok(),
+        not_before: Timestamp::from_second(parsed.validity().not_before.timestamp()).ok()?,
+    })
+}
+
+/// Whether the key of `signer` signed `certificate`, and under the signer's name.
+pub fn is_signed_by(certificate: &CertificateDer<'_>, signer: &CertificateDer<'_>) -> bool {
+    let (Ok((_, certificate)), Ok((_, signer))) =
+        (x509_parser::parse_x509_certificate(certificate), x509_parser::parse_x509_certificate(signer))
+    else {
+        return false;
+    };
+    certificate.issuer().as_raw() == signer.subject().as_raw()
+        && certificate.verify_signature(Some(signer.public_key())).is_ok()
+}
+
+/// A serving or client certificate that can be replaced while connections are made with it.
+pub struct LiveCertificate {
+    held: RwLock<(Arc<CertifiedKey>, Timestamp)>,
+    on_due: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
 
 impl LiveCertificate {
     pub fn new(pair: &Pair) -> Result<Arc<Self>, PkiError> {
-        Ok(Arc::new(Self(RwLock::new(Arc::new(pair.certified_key()?)))))
+        let held = RwLock::new((Arc::new(pair.certified_key()?), pair.renew_at()));
+        Ok(Arc::new(Self { held, on_due: OnceLock::new() }))
+    }
+
+    /// Has `told` called by handshakes that find the certificate due for renewal.
+    pub fn on_due(&self, told: impl Fn() + Send + Sync + 'static) {
+        let _ = self.on_due.set(Box::new(told));
     }
 
     /// Serves `pair` from the next handshake on.
     pub fn replace(&self, pair: &Pair) -> Result<(), PkiError> {
-        let key = Arc::new(pair.certified_key()?);
-        *self.0.write().unwrap_or_else(|e| e.into_inner()) = key;
+        let held = (Arc::new(pair.certified_key()?), pair.renew_at());
+        *self.held.write().unwrap_or_else(|e| e.into_inner()) = held;
         Ok(())
     }
 
     fn current(&self) -> Arc<CertifiedKey> {
-        self.0.read().unwrap_or_else(|e| e.into_inner()).clone()
+        let (key, renew_at) = self.held.read().unwrap_or_else(|e| e.into_inner()).clone();
+        if clock::now() >= renew_at
+            && let Some(told) = self.on_due.get()
+        {
+            told();
+        }
+        key
+    }
+}
+
+impl std::fmt::Debug for LiveCertificate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LiveCertificate").finish_non_exhaustive()
     }
 }
 
@@ -176,39 +258,59 @@ impl rustls::client::ResolvesClientCert for LiveCertificate {
 mod tests {
     use super::*;
     use crate::Authority;
-    use jiff::SignedDuration;
 
     #[test]
-    fn a_saved_pair_is_used_until_it_no_longer_fits() {
+    fn a_replaced_certificate_is_served_next() {
         let folder = tempfile::tempdir().unwrap();
         let authority = Authority::load_or_create(folder.path()).unwrap();
         let stem = folder.path().join("serving");
-        let names = ["localhost".to_string(), "10.0.0.1".to_string()];
-        let get = |want: &str| {
-            let fits = |s: &Subject| s.names.iter().any(|n| n == want);
-            Pair::load_or_make(&stem, fits, || authority.server("sampan", &names)).unwrap()
-        };
-        let first = get("10.0.0.1");
-        assert_eq!(first.certificate_pem, get("localhost").certificate_pem);
-        let second = get("elsewhere");
-        assert_ne!(first.certificate_pem, second.certificate_pem);
-        // half of a save is not a pair
+        let make = || authority.server("sampan", &["localhost".to_string()]).unwrap();
+        let (first, second) = (make(), make());
         first.save(&stem).unwrap();
+        assert_eq!(Pair::load(&stem).unwrap().certificate_pem, first.certificate_pem);
+        // half of a save is not a pair
         std::fs::write(stem.with_extension("key"), &second.key_pem).unwrap();
         assert!(Pair::load(&stem).is_none());
 
+        let told = Arc::new(std::sync::atomic::AtomicU32::new(0));
         let live = LiveCertificate::new(&first).unwrap();
+        let count = told.clone();
+        live.on_due(move || {
+            count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        });
         live.replace(&second).unwrap();
         assert_eq!(live.current().cert, second.certificates().unwrap());
-        let now = sampan_world::clock::now();
-        assert!(!first.needs_renewal(now));
-        assert!(first.needs_renewal(now + SignedDuration::from_hours(24 * 280)));
+        assert_eq!(told.load(std::sync::atomic::Ordering::SeqCst), 0, "it is young");
+        let spent = Authority::load_or_create(folder.path()).unwrap().with_lifetime(0);
+        live.replace(&spent.server("sampan", &[]).unwrap()).unwrap();
+        live.current();
+        assert_eq!(told.load(std::sync::atomic::Ordering::SeqCst), 1, "the handshake told");
+    }
+
+    #[test]
+    fn tells_what_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = Authority::load_or_create(folder.path()).unwrap();
+        let signer = &authority.trusted()[0];
+        let told = details(signer).unwrap();
+        assert!(told.is_authority && told.is_self_signed && told.usages == ["CertSign"]);
+        let client = authority.client("me", &[]).unwrap().certificates().unwrap();
+        let told = details(&client[0]).unwrap();
+        assert!(!told.is_authority && !told.is_self_signed && told.usages == ["ClientAuth"]);
+        assert!(is_signed_by(&client[0], signer) && !is_signed_by(signer, &client[0]));
+        assert_eq!(certificates(&pem(signer)).unwrap(), std::slice::from_ref(signer));
+        // a serial number of another maker tells nothing
+        let end = 2_000_000_000;
+        for serial in [&[0x41; 16][..], &[1; 16], &[1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[]] {
+            assert_eq!(issued_seconds(serial, end), end - 365 * 86_400);
+        }
     }
 
     #[test]
     fn rubbish_is_no_certificate() {
         for bytes in [&b""[..], b"\x30", b"\x30\x82\xff\xff", &[0x30; 300]] {
-            assert_eq!(subject(&CertificateDer::from(bytes.to_vec())), None);
+            let der = CertificateDer::from(bytes.to_vec());
+            assert_eq!((subject(&der), details(&der)), (None, None));
         }
         assert!(certificates("").is_err());
         assert!(certificates("-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----").is_err());

@@ -2,7 +2,8 @@
 //!
 //! What stays true: an agent that knows no more than an address and a secure token can verify the authority it
 //! downloads from `/cacerts` before it sends the secret anywhere. Deliberately different from K3s: the hash is of the
-//! certificate's DER form, so that white space in the PEM text does not matter.
+//! certificate's DER form, so that white space in the PEM text does not matter, and of one certificate of the bundle, so
+//! that a token outlives a new authority that the old one signed.
 use std::fmt;
 
 use crate::{BootstrapToken, PkiError, certificate};
@@ -86,14 +87,13 @@ impl JoinToken {
         }
     }
 
-    /// Whether `pem`, as downloaded, is the one certificate that this token names. A token without a hash trusts any.
-    pub fn trusts(&self, pem: &str) -> Result<bool, PkiError> {
+    /// What to trust of `pem`, as downloaded: the one certificate that this token names, also when others came after
+    /// or before it; `None` when it is not among them. A token without a hash trusts all.
+    pub fn trusted(&self, pem: &str) -> Result<Option<String>, PkiError> {
         let certificates = certificate::certificates(pem)?;
-        Ok(match (&self.authority_hash, certificates.as_slice()) {
-            (None, _) => true,
-            (Some(hash), [one]) => crate::sha256_hex(one) == *hash,
-            (Some(_), _) => false,
-        })
+        let Some(hash) = &self.authority_hash else { return Ok(Some(pem.to_string())) };
+        let named = certificates.iter().find(|one| crate::sha256_hex(one) == *hash);
+        Ok(named.map(certificate::pem))
     }
 }
 
@@ -158,9 +158,12 @@ mod tests {
         let [ours, other] = folders.each_ref().map(|f| crate::Authority::load_or_create(f.path()).unwrap());
         let secret = Credentials::Secret { user: "node".into(), secret: "x".into() };
         let token = JoinToken::secure(&ours.hash(), secret);
-        assert!(token.trusts(&format!("\n{}", ours.certificate_pem())).unwrap());
-        assert!(!token.trusts(other.certificate_pem()).unwrap());
-        assert!(!token.trusts(&format!("{}{}", ours.certificate_pem(), other.certificate_pem())).unwrap());
-        assert!(token.trusts("nothing").is_err());
+        let own = certificate::pem(&ours.trusted()[0]);
+        assert_eq!(token.trusted(&format!("\n{}", ours.certificate_pem())).unwrap(), Some(own.clone()));
+        assert_eq!(token.trusted(other.certificate_pem()).unwrap(), None);
+        // whoever adds one of his own to the bundle gains nothing
+        let both = format!("{}{}", other.certificate_pem(), ours.certificate_pem());
+        assert_eq!(token.trusted(&both).unwrap(), Some(own));
+        assert!(token.trusted("nothing").is_err());
     }
 }

@@ -7,9 +7,13 @@ pub mod authority;
 pub mod bootstrap_token;
 pub mod certificate;
 pub mod join_token;
+mod keys;
 pub mod kubeconfig;
+pub mod renewal;
+pub mod rotation;
 pub mod service_account_key;
 pub mod tls;
+pub mod unverified;
 
 pub use authority::Authority;
 pub use bootstrap_token::BootstrapToken;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use http::header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL};
 use http::{HeaderMap, request::Parts};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::ClientCertVerifier;
 use sampan_client::Identity;
@@ -75,12 +75,19 @@ pub struct Options {
 /// Finds out who calls.
 pub struct Authenticator {
     options: Options,
+    static_tokens: RwLock<Vec<(String, Identity)>>,
     remembered: Mutex<HashMap<String, (Authenticated, Instant)>>,
 }
 
 impl Authenticator {
-    pub fn new(options: Options) -> Self {
-        Self { options, remembered: Mutex::default() }
+    pub fn new(mut options: Options) -> Self {
+        let static_tokens = RwLock::new(std::mem::take(&mut options.static_tokens));
+        Self { options, static_tokens, remembered: Mutex::default() }
+    }
+
+    /// Other tokens in place of those from [`Options::static_tokens`], from the next request on.
+    pub fn replace_static_tokens(&self, tokens: Vec<(String, Identity)>) {
+        *self.static_tokens.write() = tokens;
     }
 
     /// The caller; `None` when it brought no credentials and anonymous callers are not let in.
@@ -144,10 +151,12 @@ impl Authenticator {
         let audiences = if audiences.is_empty() { own } else { audiences };
         // a static or bootstrap token is for the API server only
         let served: Vec<String> = audiences.iter().filter(|a| own.contains(a)).cloned().collect();
-        if let Some((_, identity)) =
-            self.options.static_tokens.iter().find(|(known, _)| sampan_pki::same_secret(known, token))
-        {
-            let identity = with_authenticated(identity.clone());
+        let of_static = |(known, identity): &(String, Identity)| {
+            sampan_pki::same_secret(known, token).then(|| identity.clone())
+        };
+        let known = self.static_tokens.read().iter().find_map(of_static);
+        if let Some(identity) = known {
+            let identity = with_authenticated(identity);
             return Ok((!served.is_empty()).then_some(Authenticated { identity, audiences: served }));
         }
         let key = sampan_pki::sha256_hex(format!("{token}\n{}", audiences.join("\n")).as_bytes());
@@ -292,7 +301,7 @@ mod tests {
         let key = ServiceAccountKey::load_or_create(&folder.path().join("sa.key")).unwrap();
         let authenticator = Authenticator::new(Options {
             service_accounts: Arc::new(ServiceAccountTokens::new(key, objects.clone())),
-            client_verifier: sampan_pki::tls::client_verifier(authority.certificate()).unwrap(),
+            client_verifier: sampan_pki::tls::client_verifier(authority.trusted()).unwrap(),
             lookup: objects,
             static_tokens: vec![("admin-token".into(), Identity::new("admin", &["system:masters"]))],
             anonymous: true,
@@ -318,6 +327,10 @@ mod tests {
         assert_eq!(who(&parts(&[])).await.unwrap(), anonymous());
         let admin = who(&parts(&[("authorization", "bearer admin-token")])).await.unwrap();
         assert!(admin.is_in("system:masters") && admin.is_in("system:authenticated"));
+        authenticator
+            .replace_static_tokens(vec![("other".into(), Identity::new("admin", &["system:masters"]))]);
+        assert!(who(&parts(&[("authorization", "bearer admin-token")])).await.is_err(), "it was replaced");
+        authenticator.replace_static_tokens(vec![("admin-token".into(), Identity::new("admin", &[]))]);
         for wrong in ["Bearer nonsense", "Bearer a.b.c", "Bearer abcdef.0123456789abcdef"] {
             assert!(who(&parts(&[("authorization", wrong)])).await.is_err(), "{wrong}");
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use http::{Request, Response};
 use sampan_drivers::Dialer;
+use sampan_pki::ServiceAccountKey;
 use sampan_store::Store;
 use serde_json::{Value, json};
 use tower::util::BoxCloneSyncService;
@@ -107,7 +108,8 @@ impl Default for VersionInfo {
 #[derive(Clone, Debug)]
 pub struct OpenId {
     pub configuration: Value,
-    pub jwks: Value,
+    /// Its keys are told as they are when asked for.
+    pub keys: Arc<ServiceAccountKey>,
 }
 
 /// How an API server is made.

@@ -45,7 +45,7 @@ pub async fn serve(
             None => Err(Status::no_such_path()),
         },
         ["openid", "v1", "jwks"] => match &server.config.openid {
-            Some(openid) => Ok(discovery_document(&openid.jwks, "application/jwk-set+json")),
+            Some(openid) => Ok(discovery_document(&openid.keys.jwks(), "application/jwk-set+json")),
             None => Err(Status::no_such_path()),
         },
         ["openapi", rest @ ..] => openapi::serve(server, rest, parts),

@@ -18,7 +18,7 @@ const LEEWAY_SECONDS: i64 = 60;
 
 /// Issues and verifies service account tokens.
 pub struct ServiceAccountTokens {
-    pub(super) key: ServiceAccountKey,
+    pub(super) key: Arc<ServiceAccountKey>,
     pub(super) lookup: Arc<dyn Lookup>,
     audiences: Vec<String>,
 }
@@ -35,8 +35,8 @@ pub fn openid_configuration() -> Value {
 }
 
 impl ServiceAccountTokens {
-    pub fn new(key: ServiceAccountKey, lookup: Arc<dyn Lookup>) -> Self {
-        Self { key, lookup, audiences: vec![ISSUER.to_string()] }
+    pub fn new(key: impl Into<Arc<ServiceAccountKey>>, lookup: Arc<dyn Lookup>) -> Self {
+        Self { key: key.into(), lookup, audiences: vec![ISSUER.to_string()] }
     }
 
     /// The API server's own audiences.
