@@ -68,8 +68,12 @@ pub fn layer(entries: &[Entry<'_>]) -> Result<Vec<u8>> {
 }
 
 impl Image {
-    /// An image of one layer, given as tar.
+    /// An image of one layer, given as tar, for this machine.
     pub fn new(name: &str, tar: &[u8], run: Value) -> Result<Self> {
+        Self::of_arch(own_arch(), name, tar, run)
+    }
+
+    pub fn of_arch(arch: &str, name: &str, tar: &[u8], run: Value) -> Result<Self> {
         let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         packed.write_all(tar)?;
         let packed = packed.finish()?;
@@ -82,7 +86,7 @@ impl Image {
         let layer = digest(&packed);
         let layers = json!([add(packed, LAYER)]);
         let config = json!({
-            "architecture": own_arch(), "os": "linux", "config": run,
+            "architecture": arch, "os": "linux", "config": run,
             "rootfs": {"type": "layers", "diff_ids": [digest(tar)]},
         });
         let config = add(config.to_string().into_bytes(), CONFIG);

@@ -3,8 +3,10 @@
 //! Upstream counterpart: test/e2e and test/cmd. One lab is shared by all cases of a suite ([`suite::Suite`]), each case
 //! in a namespace of its own. What a case checks is what a user would see: exit codes, status codes, reasons, events.
 //! They need root (namespaces, mounts, cgroups) and kubectl, and fail with a sentence where something is missing.
+pub mod boards;
 pub mod cluster;
 pub mod image;
+pub mod peer;
 pub mod process;
 pub mod registry;
 pub mod suite;

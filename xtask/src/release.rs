@@ -1,7 +1,11 @@
-//! `cargo xtask release`: one static musl binary for each machine that Sampan runs on, tried under emulation.
+//! `cargo xtask release`: one static musl binary for each machine that Sampan runs on, tried under emulation, their
+//! digests, and all of them in one bundle.
 //!
 //! C (SQLite, ring) is compiled and everything linked by zig, which cargo-zigbuild drives; both come from PyPI into the
 //! target folder. armv7 musl has no ready-made std in every toolchain, so its std is built from rust-src.
+mod package;
+mod trial;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -12,6 +16,9 @@ pub struct Args {
     /// Only this architecture: amd64, arm64 or arm
     #[arg(long)]
     only: Option<String>,
+    /// Build nothing: try out and pack the binaries that lie in the target folder's dist
+    #[arg(long)]
+    pack: bool,
 }
 
 struct Target {
@@ -48,24 +55,39 @@ pub fn run(args: &Args) -> Result<()> {
         args.only.as_deref().unwrap_or("")
     );
     let folder = target_folder()?;
-    let tools = tools(&folder)?;
     let dist = folder.join("dist");
     std::fs::create_dir_all(&dist)?;
-    let mut sums = String::new();
-    for (number, target) in chosen.iter().enumerate() {
-        println!("building for {} ({} of {})", target.triple, number + 1, chosen.len());
-        build(target, &tools)?;
-        let built = folder.join(target.triple).join("release/sampan");
-        let name = format!("sampan-{}", target.arch);
-        let kept = dist.join(&name);
-        std::fs::copy(&built, &kept).with_context(|| format!("keeping {}", built.display()))?;
-        let version = try_out(target, &kept)?;
-        let megabytes = std::fs::metadata(&kept)?.len() as f64 / 1e6;
-        println!("{}: {megabytes:.1} MB, says {version:?}", kept.display());
-        sums.push_str(&output(Command::new("sha256sum").arg(&name).current_dir(&dist))?);
+    if !args.pack {
+        let tools = tools(&folder)?;
+        for (number, target) in chosen.iter().enumerate() {
+            println!("building for {} ({} of {})", target.triple, number + 1, chosen.len());
+            build(target, &tools)?;
+            let built = folder.join(target.triple).join("release/sampan");
+            let kept = dist.join(target.file());
+            std::fs::copy(&built, &kept).with_context(|| format!("keeping {}", built.display()))?;
+        }
     }
-    std::fs::write(dist.join("sha256sums.txt"), sums)?;
+    for target in &chosen {
+        let binary = dist.join(target.file());
+        let version = trial::run(target.emulator, &binary)?;
+        let megabytes = std::fs::metadata(&binary)?.len() as f64 / 1e6;
+        println!("{}: {megabytes:.1} MB, says {version:?}", binary.display());
+    }
+    // a bundle is whole or is not
+    let names: Vec<String> =
+        TARGETS.iter().map(Target::file).filter(|name| dist.join(name).exists()).collect();
+    let sums = package::sums(&dist, &names)?;
+    match names.len() == TARGETS.len() {
+        true => package::bundle(&dist, &names, &sums)?,
+        false => println!("no {}: of {} binaries there are {}", package::BUNDLE, TARGETS.len(), names.len()),
+    }
     Ok(())
+}
+
+impl Target {
+    fn file(&self) -> String {
+        format!("sampan-{}", self.arch)
+    }
 }
 
 fn build(target: &Target, tools: &Path) -> Result<()> {
@@ -86,27 +108,6 @@ fn build(target: &Target, tools: &Path) -> Result<()> {
     let status = command.status().context("running cargo zigbuild")?;
     ensure!(status.success(), "cargo zigbuild for {} failed (see above)", target.triple);
     Ok(())
-}
-
-/// What the binary says its version is, on this machine or under emulation; checks that it needs no loader.
-fn try_out(target: &Target, binary: &Path) -> Result<String> {
-    let header = std::fs::read(binary)?;
-    ensure!(!contains(&header, b"ld-musl-"), "{} is not static", binary.display());
-    let mut command = match target.emulator {
-        Some(emulator) => {
-            let mut command = Command::new(emulator);
-            command.arg(binary);
-            command
-        }
-        None => Command::new(binary),
-    };
-    let version = output(command.arg("--version"))?;
-    ensure!(version.starts_with("sampan "), "{} says {version:?}", binary.display());
-    Ok(version.trim().to_string())
-}
-
-fn contains(bytes: &[u8], part: &[u8]) -> bool {
-    bytes.windows(part.len()).any(|window| window == part)
 }
 
 /// The folder with zig and cargo-zigbuild, made on first use.

@@ -140,7 +140,20 @@ pub fn tell(host: &str, text: &str) {
 
 #[cfg(test)]
 mod tests {
+    use clap::{ArgMatches, Args};
+
     use super::*;
+
+    /// The flags of one subcommand, from a line as a shell would split it.
+    pub fn try_parse<A: Args>(line: &str) -> Result<A, clap::Error> {
+        let command = A::augment_args(clap::Command::new("x").no_binary_name(true));
+        let matches: ArgMatches = command.try_get_matches_from(sampan_fleet::words::split(line).unwrap())?;
+        A::from_arg_matches(&matches)
+    }
+
+    pub fn parse<A: Args>(line: &str) -> A {
+        try_parse(line).unwrap_or_else(|e| panic!("{line}: {e}"))
+    }
 
     #[test]
     fn exit_codes() {

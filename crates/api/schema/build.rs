@@ -16,11 +16,12 @@ type Failure = Box<dyn Error>;
 type Facts = serde_json::Map<String, Value>;
 
 fn main() -> Result<(), Failure> {
-    for input in ["build.rs", "data/api-1.36.json", "data/go-1.36.txt"] {
+    for input in ["build.rs", "data/api-1.36.json", "data/api-sampan.json", "data/go-1.36.txt"] {
         println!("cargo::rerun-if-changed={input}");
     }
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
-    let api: Value = serde_json::from_str(&fs::read_to_string("data/api-1.36.json")?)?;
+    let mut api: Value = serde_json::from_str(&fs::read_to_string("data/api-1.36.json")?)?;
+    add_own(&mut api, serde_json::from_str(&fs::read_to_string("data/api-sampan.json")?)?)?;
     let go_text = fs::read_to_string("data/go-1.36.txt")?;
     let go = GoFacts::parse(&go_text);
     let mut types = api["types"].as_object().ok_or("types")?.clone();
@@ -35,6 +36,20 @@ fn main() -> Result<(), Failure> {
     numbers(&mut index, "KINDS", &table.kind_offsets)?;
     fs::write(out.join("index.rs"), index)?;
     fs::write(out.join("descriptions.z"), deflate(&descriptions(&types)?)?)?;
+    Ok(())
+}
+
+/// Kinds of our own groups, which stand in a file of the same form. Beyond it, a field may say with `go` what the list
+/// of Go's struct tags says of upstream's, and types and fields carry their descriptions.
+fn add_own(api: &mut Value, mut own: Value) -> Result<(), Failure> {
+    let types = api["types"].as_object_mut().ok_or("types")?;
+    for (name, facts) in std::mem::take(own["types"].as_object_mut().ok_or("own types")?) {
+        if types.insert(name.clone(), facts).is_some() {
+            return Err(format!("{name} is there twice").into());
+        }
+    }
+    let resources = api["resources"].as_array_mut().ok_or("resources")?;
+    resources.append(own["resources"].as_array_mut().ok_or("own resources")?);
     Ok(())
 }
 
@@ -156,7 +171,8 @@ impl<'a> Table<'a> {
         };
         let within: Vec<String> = within.iter().map(u64::to_string).collect();
         let shape = self.shape(facts["type"].as_str().ok_or("type")?)?;
-        let (go_flags, go_type) = self.go.0.get(&(ty, name)).copied().unwrap_or_default();
+        let own_flags = facts["go"].as_str().unwrap_or("");
+        let (go_flags, go_type) = self.go.0.get(&(ty, name)).copied().unwrap_or((own_flags, ""));
         let mut flags = go_flags.replace('-', "");
         if facts["required"].as_bool().unwrap_or(false) {
             flags.push('r');
@@ -330,6 +346,14 @@ fn descriptions(types: &Facts) -> Result<String, Failure> {
     for name in names {
         if let Some(texts) = found.get(name) {
             writeln!(out, "{name}\n{texts}")?;
+        } else if let Some(text) = types[name.as_str()]["description"].as_str() {
+            writeln!(out, "{name}\n \t{text}")?;
+            for (field, facts) in types[name.as_str()]["fields"].as_object().into_iter().flatten() {
+                if let Some(text) = facts["description"].as_str() {
+                    writeln!(out, " {field}\t{text}")?;
+                }
+            }
+            writeln!(out)?;
         }
     }
     if out.is_empty() {

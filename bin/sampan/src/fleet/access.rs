@@ -27,6 +27,27 @@ impl Target {
     }
 }
 
+/// One machine, or all of a list.
+#[derive(Clone, clap::Args)]
+pub struct Machines {
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    access: Access,
+    /// List of hosts (JSON or YAML), instead of --ip
+    #[arg(long)]
+    hosts: Option<PathBuf>,
+}
+
+impl Machines {
+    pub fn ways(&self) -> Result<Vec<Way>> {
+        match &self.hosts {
+            Some(path) => read_plan(path)?.hosts.iter().map(|h| self.access.way_of(h)).collect(),
+            None => Ok(vec![self.access.way(&self.target.host())?]),
+        }
+    }
+}
+
 /// How to log in.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "SSH")]
@@ -171,41 +192,15 @@ pub fn read_plan(path: &Path) -> Result<Plan> {
     Plan::parse(&path.display().to_string(), &text).map_err(|e| Usage(e.to_string()).into())
 }
 
-/// The machines of a command that takes one or a list.
-pub fn ways(access: &Access, target: &Target, hosts: Option<&Path>, local: bool) -> Result<Vec<Way>> {
-    match hosts {
-        _ if local => Ok(vec![Way::local()]),
-        Some(path) => read_plan(path)?.hosts.iter().map(|h| access.way_of(h)).collect(),
-        None => Ok(vec![access.way(&target.host())?]),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
-
-    #[derive(Parser)]
-    struct Cli {
-        #[command(flatten)]
-        access: Access,
-    }
+    use crate::fleet::tests::{parse, try_parse};
 
     #[test]
     fn a_list_wins_over_flags() {
-        let flags = [
-            "x",
-            "--user",
-            "pi",
-            "--ssh-key",
-            "/k",
-            "--sudo=false",
-            "--host-key",
-            "SHA256:a",
-            "--ssh-jump",
-            "a@g:2,h",
-        ];
-        let access = Cli::parse_from(flags).access;
+        let access: Access =
+            parse("--user pi --ssh-key /k --sudo=false --host-key SHA256:a --ssh-jump a@g:2,h");
         let plan = Plan::parse(
             "f",
             "[{ip: 10.0.0.1}, {ip: 10.0.0.2, hostname: two, user: me, ssh-port: 2222, ssh-key: /o, sudo: true, ssh-jump: z}]",
@@ -222,7 +217,7 @@ mod tests {
             ("two", "me@10.0.0.2:2222")
         );
         assert_eq!((two.login.key, two.sudo.never, two.login.jumps.len()), (Some("/o".into()), false, 1));
-        assert!(Cli::try_parse_from(["x", "--ssh-jump", "h:x"]).is_err());
-        assert!(Cli::parse_from(["x", "--sudo"]).access.sudo);
+        assert!(try_parse::<Access>("--ssh-jump h:x").is_err());
+        assert!(parse::<Access>("--sudo").sudo);
     }
 }

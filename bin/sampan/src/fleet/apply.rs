@@ -2,29 +2,22 @@
 //!
 //! Upstream counterpart: running the script of `k3sup plan`. What stays true: all machines are looked at and judged
 //! before anything is changed on one; the server is Ready before an agent is told to join it.
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
 use futures::StreamExt;
 use sampan_fleet::{Ask, HostEntry};
 
-use super::access::{Access, Way, ask, read_plan};
-use super::install::{self, KubeconfigOut};
+use super::access::{Way, ask};
+use super::install;
 use super::node::{self, Prepared, Setup, Wanted};
-use super::plan::Layout;
+use super::plan::ListedCluster;
 use super::{Unfit, Usage, join, tell};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// JSON or YAML list of hosts; - is standard input
-    hosts: PathBuf,
     #[command(flatten)]
-    layout: Layout,
-    #[command(flatten)]
-    access: Access,
-    #[command(flatten)]
-    out: KubeconfigOut,
+    list: ListedCluster,
     #[command(flatten)]
     setup: Setup,
     /// Secret that nodes join with (default: the server makes one up)
@@ -44,8 +37,8 @@ struct Member<'a> {
 pub async fn run(args: &Args) -> Result<()> {
     args.setup.note_k3s_flags();
     let start = sampan_world::clock::monotonic();
-    let plan = args.layout.hosts(read_plan(&args.hosts)?);
-    let (servers, agents) = plan.roles(args.layout.servers);
+    let plan = args.list.read()?;
+    let (servers, agents) = plan.roles(args.list.layout.servers);
     let Some((first, others)) = servers.split_first() else {
         return Err(Usage("no host of the list is a server".to_string()).into());
     };
@@ -54,14 +47,17 @@ pub async fn run(args: &Args) -> Result<()> {
             format!("{} servers: this version has one server in a cluster (--servers 1)", servers.len());
         return Err(Usage(text).into());
     }
-    let mut flags = args.layout.server_flags(first, false);
+    let mut flags = args.list.layout.server_flags(first, false);
     flags.token.clone_from(&args.token);
-    let mut members =
-        vec![Member { entry: first, way: args.access.way_of(first)?, wanted: flags.wanted(first.target())? }];
+    let mut members = vec![Member {
+        entry: first,
+        way: args.list.access.way_of(first)?,
+        wanted: flags.wanted(first.target())?,
+    }];
     for entry in agents {
         // the token is not known yet; what matters here is whether the arguments are right
         let wanted = agent(args, entry, first, 6443, "token")?;
-        members.push(Member { entry, way: args.access.way_of(entry)?, wanted });
+        members.push(Member { entry, way: args.list.access.way_of(entry)?, wanted });
     }
     let ask = ask();
     let prepared = prepare(args, &members, &ask).await?;
@@ -71,7 +67,8 @@ pub async fn run(args: &Args) -> Result<()> {
 
     let server = &prepared[0];
     let settled = node::settle(server, &members[0].wanted, &args.setup, sent[0]).await?;
-    install::fetch(&server.host, &settled.effective.kubeconfig, first.target(), &args.out, false).await?;
+    install::fetch(&server.host, &settled.effective.kubeconfig, first.target(), &args.list.out, false)
+        .await?;
     let token =
         node::read_root(&server.host, &format!("{}/server/node-token", settled.effective.data_dir)).await?;
     let (port, token) = (settled.effective.port, token.trim());
@@ -90,7 +87,7 @@ pub async fn run(args: &Args) -> Result<()> {
 }
 
 fn agent(args: &Args, entry: &HostEntry, server: &HostEntry, port: u16, token: &str) -> Result<Wanted> {
-    let extra_args = args.layout.extra_args(entry, &args.layout.agent_extra_args);
+    let extra_args = args.list.layout.extra_args(entry, &args.list.layout.agent_extra_args);
     join::wanted(&join::url_of(server.target(), port), token, &extra_args)
 }
 

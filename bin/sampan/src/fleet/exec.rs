@@ -1,22 +1,16 @@
 //! `sampan exec`: a command on one machine or on all of a list. Its exit code is the command's, as with ssh.
 use std::io::Write;
-use std::path::PathBuf;
 
 use anyhow::Result;
 use futures::StreamExt;
 
-use super::access::{Access, Target, Way, ask, ways};
+use super::access::{Machines, Way, ask};
 use super::exit_code;
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    target: Target,
-    #[command(flatten)]
-    access: Access,
-    /// List of hosts (JSON or YAML), instead of --ip
-    #[arg(long)]
-    hosts: Option<PathBuf>,
+    machines: Machines,
     /// As root
     #[arg(long)]
     as_root: bool,
@@ -29,7 +23,7 @@ pub struct Args {
 }
 
 pub async fn run(args: &Args) -> u8 {
-    let ways = match ways(&args.access, &args.target, args.hosts.as_deref(), false) {
+    let ways = match args.machines.ways() {
         Ok(ways) => ways,
         Err(error) => {
             eprintln!("sampan: {error:#}");

@@ -163,33 +163,24 @@ fn told(path: &Path, context: &str, merged: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
-
-    #[derive(Parser)]
-    struct Cli {
-        #[command(flatten)]
-        args: Args,
-    }
-
-    fn parse(line: &str) -> Args {
-        Cli::try_parse_from(words::split(&format!("x {line}")).unwrap()).unwrap().args
-    }
+    use crate::fleet::tests::parse;
 
     #[test]
     fn k3sups_lines_work() {
-        let args = parse(
+        let args = parse::<Args>(
             "--ip 10.0.0.5 --user pi --local-path $HOME/k --context prod --merge --sudo --k3s-channel stable",
         );
         assert_eq!(
             (args.target.host().as_str(), args.out.context.as_str(), args.out.merge),
             ("10.0.0.5", "prod", true)
         );
-        let args =
-            parse("--host pi.lan --tls-san a,b --k3s-extra-args '--data-dir /mnt/ssd --node-label x=y'");
+        let args = parse::<Args>(
+            "--host pi.lan --tls-san a,b --k3s-extra-args '--data-dir /mnt/ssd --node-label x=y'",
+        );
         let wanted = args.server.wanted(&args.target.host()).unwrap();
         assert_eq!(wanted.extra_args, ["--data-dir", "/mnt/ssd", "--node-label", "x=y"]);
         assert_eq!(serde_yaml_ng::to_string(&wanted.config[0].1).unwrap(), "- pi.lan\n- a\n- b\n");
-        assert!(parse("--skip-install --ssh-port 2222 --print-command --no-extras").skip_install);
+        assert!(parse::<Args>("--skip-install --ssh-port 2222 --print-command --no-extras").skip_install);
     }
 
     #[test]
@@ -200,7 +191,7 @@ mod tests {
             ("--server-args \"'\"", "not closed"),
             ("--ipsec", "--ipsec"),
         ] {
-            let error = parse(line).server.wanted("h").map(|_| ()).unwrap_err();
+            let error = parse::<Args>(line).server.wanted("h").map(|_| ()).unwrap_err();
             assert!(error.is::<Usage>() && error.to_string().contains(want), "{line}: {error}");
         }
     }

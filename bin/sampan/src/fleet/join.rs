@@ -185,33 +185,25 @@ pub async fn run(args: &Args) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
-
-    #[derive(Parser)]
-    struct Cli {
-        #[command(flatten)]
-        args: Args,
-    }
-
-    fn parse(line: &str) -> Args {
-        Cli::try_parse_from(words::split(&format!("x {line}")).unwrap()).unwrap().args
-    }
+    use crate::fleet::tests::parse;
 
     #[test]
     fn k3sups_lines_work() {
-        let args =
-            parse("--user pi --ip 10.0.0.6 --server-ip 10.0.0.5 --server-user me --server-ssh-port 2222");
+        let args = parse::<Args>(
+            "--user pi --ip 10.0.0.6 --server-ip 10.0.0.5 --server-user me --server-ssh-port 2222",
+        );
         assert_eq!(args.joined.url().unwrap(), "https://10.0.0.5:6443");
-        let args =
-            parse("--host a --server-host b --node-token T --k3s-extra-args '--node-taint k=v:NoExecute'");
+        let args = parse::<Args>(
+            "--host a --server-host b --node-token T --k3s-extra-args '--node-taint k=v:NoExecute'",
+        );
         assert_eq!(args.joined.known_token().unwrap().as_deref(), Some("T"));
         let wanted = wanted(&args.joined.url().unwrap(), "T", &args.extra_args).unwrap();
         assert_eq!(wanted.config[0].1, Value::from("https://b:6443"));
-        let args = parse("--ip 10.0.0.6 --server-url https://[fd00::1]:7443");
+        let args = parse::<Args>("--ip 10.0.0.6 --server-url https://[fd00::1]:7443");
         assert_eq!(args.joined.host().unwrap(), "fd00::1");
         assert_eq!(url_of("fd00::1", 6443), "https://[fd00::1]:6443");
-        assert!(parse("--ip 10.0.0.6").joined.host().is_err());
-        assert!(parse("--server-url http://x").joined.url().is_err());
+        assert!(parse::<Args>("--ip 10.0.0.6").joined.host().is_err());
+        assert!(parse::<Args>("--server-url http://x").joined.url().is_err());
         assert!(super::wanted("https://b:6443", "T", "--tls-san x").is_err());
     }
 }

@@ -19,6 +19,9 @@ pub struct Args {
     /// Where everything is kept
     #[arg(long, default_value = "/var/lib/sampan")]
     data_dir: PathBuf,
+    /// Seconds that pods have to end by themselves after SIGTERM
+    #[arg(long, default_value_t = 0)]
+    grace_seconds: u32,
 }
 
 /// How the names of our tunnels and tables start.
@@ -28,6 +31,7 @@ pub fn run(args: &Args) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("it must be run as root");
     }
+    ask_pods(&args.data_dir, Duration::from_secs(args.grace_seconds.into()));
     let groups = end_pods(&args.data_dir)?;
     unmount(&args.data_dir)?;
     remove_network(&args.data_dir);
@@ -45,13 +49,14 @@ fn cgroup_root() -> String {
     config.get("cgroup-root").and_then(|root| root.as_str()).unwrap_or_default().to_string()
 }
 
-/// The empty groups of all pods and of their classes, in every hierarchy; those in use stay.
+/// The empty groups of all pods, of their classes and of shims, in every hierarchy; those in use stay.
 fn remove_classes(root: &str) {
     let base = PathBuf::from("/sys/fs/cgroup");
     let hierarchies = fs::read_dir(&base).into_iter().flatten().flatten().map(|entry| entry.path());
     for hierarchy in hierarchies.chain([base.clone()]) {
         let all = hierarchy.join(root).join("kubepods");
-        for group in [all.join("burstable"), all.join("besteffort"), all] {
+        let shims = hierarchy.join(root).join("sampan-shims");
+        for group in [all.join("burstable"), all.join("besteffort"), all, shims] {
             let _ = fs::remove_dir(group);
         }
     }
@@ -84,23 +89,44 @@ fn is_shim(line: &[u8], data_dir: &Path) -> bool {
         && words.get(2).is_some_and(|folder| Path::new(folder).starts_with(data_dir))
 }
 
+/// Shims of this data folder and all that runs below them: pid, and whether it is a shim.
+fn ours(data_dir: &Path) -> Vec<(i32, bool)> {
+    let all = processes(data_dir);
+    let of_shim = |mut pid: i32| {
+        // a chain of parents is no longer than there are processes
+        for _ in 0..all.len() {
+            match all.get(&pid) {
+                Some(process) if process.is_shim => return true,
+                Some(process) if process.parent > 0 => pid = process.parent,
+                _ => return false,
+            }
+        }
+        false
+    };
+    all.iter().filter(|(pid, _)| of_shim(**pid)).map(|(pid, process)| (*pid, process.is_shim)).collect()
+}
+
+/// Asks containers to end, and waits for those that do.
+fn ask_pods(data_dir: &Path, grace: Duration) {
+    const PAUSE: Duration = Duration::from_millis(100);
+    let containers = || ours(data_dir).into_iter().filter(|(_, is_shim)| !is_shim).map(|(pid, _)| pid);
+    if grace.is_zero() {
+        return;
+    }
+    for pid in containers() {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+    }
+    let start = sampan_world::clock::monotonic();
+    while start.elapsed() < grace && containers().next().is_some() {
+        std::thread::sleep(PAUSE);
+    }
+}
+
 /// Kills shims and all below them, until none is left; returns the pods' control groups.
 fn end_pods(data_dir: &Path) -> Result<BTreeSet<PathBuf>> {
     let mut groups = BTreeSet::new();
     for _ in 0..100 {
-        let all = processes(data_dir);
-        let of_shim = |mut pid: i32| {
-            // a chain of parents is no longer than there are processes
-            for _ in 0..all.len() {
-                match all.get(&pid) {
-                    Some(process) if process.is_shim => return true,
-                    Some(process) if process.parent > 0 => pid = process.parent,
-                    _ => return false,
-                }
-            }
-            false
-        };
-        let ours: Vec<i32> = all.keys().copied().filter(|pid| of_shim(*pid)).collect();
+        let ours: Vec<i32> = ours(data_dir).into_iter().map(|(pid, _)| pid).collect();
         for pid in &ours {
             groups.extend(groups_of(*pid));
         }
@@ -163,9 +189,6 @@ fn remove_group(group: &Path) {
             break;
         }
         above = path.parent();
-    }
-    if let Some(root) = above {
-        let _ = fs::remove_dir(root.join("shims"));
     }
 }
 

@@ -23,13 +23,14 @@ pub struct Setup {
     /// Folder that the program is put into
     #[arg(long, default_value = "/usr/local/bin")]
     pub bin_dir: String,
-    /// Folder on this machine with sampan-amd64, sampan-arm64 and sampan-arm to send (default: beside this program)
+    /// A release's bundle (sampan-bundle.tar), or a folder with it or with sampan-amd64, sampan-arm64 and sampan-arm
+    /// (default: beside this program)
     #[arg(long)]
     pub binary_dir: Option<PathBuf>,
     /// Answer yes: enable cgroups on a Raspberry Pi and reboot it
     #[arg(short, long)]
     pub yes: bool,
-    /// Checks of the machine whose failure is only told: architecture, clock, memory, disk, cgroups, kernel, ports, role, all
+    /// Checks whose failure is only told: architecture, clock, memory, disk, cgroups, kernel, ports, role, skew, all
     #[arg(long, value_delimiter = ',')]
     pub ignore_preflight: Vec<String>,
     /// Seconds to wait until the node is Ready; 0 does not wait
@@ -90,11 +91,7 @@ pub async fn prepare(way: &Way, wanted: &Wanted, setup: &Setup, ask: &Arc<dyn As
     let mut host = way.reach(ask).await?;
     let mut rebooted = false;
     loop {
-        let arch = host.facts.architecture().map_err(|why| Unfit(format!("{}: {why}", host.name)))?;
-        let own = std::env::current_exe().context("finding this program")?;
-        let folder = setup.binary_dir.clone();
-        let found = tokio::task::spawn_blocking(move || binary::find(arch, folder.as_deref(), &own)).await;
-        let binary = found.context("reading the program")??;
+        let binary = binary_for(&host, setup).await?;
         let there = install::installed_digest(&host, &setup.bin_dir).await?;
         let has_binary = there.as_deref() == Some(binary.digest.as_str());
         let purpose = purpose(wanted, setup, if has_binary { 0 } else { binary.size_bytes }, asked.elapsed());
@@ -120,6 +117,15 @@ pub async fn prepare(way: &Way, wanted: &Wanted, setup: &Setup, ask: &Arc<dyn As
         look(&host, wanted).await?;
         return Ok(Prepared { host, binary, has_binary });
     }
+}
+
+/// What is sent to that machine.
+pub async fn binary_for(host: &Host, setup: &Setup) -> Result<Binary> {
+    let arch = host.facts.architecture().map_err(|why| Unfit(format!("{}: {why}", host.name)))?;
+    let own = std::env::current_exe().context("finding this program")?;
+    let from = setup.binary_dir.clone();
+    let found = tokio::task::spawn_blocking(move || binary::find(arch, from.as_deref(), &own)).await;
+    Ok(found.context("reading the program")??)
 }
 
 fn purpose(wanted: &Wanted, setup: &Setup, binary_bytes: u64, asked_for: Duration) -> Purpose {

@@ -10,17 +10,30 @@ use super::install::{KubeconfigOut, ServerFlags};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// JSON or YAML list of hosts; - is standard input
-    hosts: PathBuf,
     #[command(flatten)]
-    layout: Layout,
-    #[command(flatten)]
-    access: Access,
-    #[command(flatten)]
-    out: KubeconfigOut,
+    list: ListedCluster,
     /// Join nodes at the same time, in the background
     #[arg(long)]
     background: bool,
+}
+
+/// A list of hosts, and the cluster that it is to be.
+#[derive(clap::Args)]
+pub struct ListedCluster {
+    /// JSON or YAML list of hosts; - is standard input
+    hosts: PathBuf,
+    #[command(flatten)]
+    pub layout: Layout,
+    #[command(flatten)]
+    pub access: Access,
+    #[command(flatten)]
+    pub out: KubeconfigOut,
+}
+
+impl ListedCluster {
+    pub fn read(&self) -> Result<Plan> {
+        Ok(self.layout.hosts(read_plan(&self.hosts)?))
+    }
 }
 
 /// What the hosts are to be.
@@ -74,24 +87,25 @@ impl Layout {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    print!("{}", script(args, args.layout.hosts(read_plan(&args.hosts)?)));
+    print!("{}", script(args, args.list.read()?));
     Ok(())
 }
 
 fn script(args: &Args, plan: Plan) -> String {
-    let (servers, agents) = plan.roles(args.layout.servers);
+    let ListedCluster { layout, out, .. } = &args.list;
+    let (servers, agents) = plan.roles(layout.servers);
     let mut text = "#!/bin/sh\nset -e\n".to_string();
     let Some((first, others)) = servers.split_first() else { return text };
-    let san = args.layout.tls_san.join(",");
+    let san = layout.tls_san.join(",");
     let mut install = line("sampan install", args, first);
     if !others.is_empty() {
         install.push("--cluster".to_string());
     }
-    install.push(format!("--local-path {}", words::quote(&args.out.local_path.display().to_string())));
-    install.push(format!("--context {}", words::quote(&args.out.context)));
+    install.push(format!("--local-path {}", words::quote(&out.local_path.display().to_string())));
+    install.push(format!("--context {}", words::quote(&out.context)));
     install.extend((!san.is_empty()).then(|| format!("--tls-san {}", words::quote(&san))));
-    install.extend(args.out.merge.then(|| "--merge".to_string()));
-    install.extend(extra(&args.layout.extra_args(first, &args.layout.server_extra_args)));
+    install.extend(out.merge.then(|| "--merge".to_string()));
+    install.extend(extra(&layout.extra_args(first, &layout.server_extra_args)));
     text.push_str(&format!("\necho \"Setting up server {}\"\n{}\n", first.shown(), install.join(" \\\n  ")));
     let token = line("sampan node-token", args, first).join(" ");
     text.push_str(&format!("\necho \"Fetching the server's node token\"\nNODE_TOKEN=$({token})\n"));
@@ -100,12 +114,12 @@ fn script(args: &Args, plan: Plan) -> String {
         let mut join = line("sampan join", args, host);
         join.push(format!("--server-host {}", first.target()));
         join.push("--node-token \"$NODE_TOKEN\"".to_string());
-        let all = if server { &args.layout.server_extra_args } else { &args.layout.agent_extra_args };
+        let all = if server { &layout.server_extra_args } else { &layout.agent_extra_args };
         if server {
             join.push("--server".to_string());
             join.extend((!san.is_empty()).then(|| format!("--tls-san {}", words::quote(&san))));
         }
-        join.extend(extra(&args.layout.extra_args(host, all)));
+        join.extend(extra(&layout.extra_args(host, all)));
         let (kind, end) = (if server { "server" } else { "agent" }, if args.background { " &" } else { "" });
         text.push_str(&format!(
             "\necho \"Setting up {kind} {}\"\n{}{end}\n",
@@ -125,39 +139,40 @@ fn extra(args: &str) -> Option<String> {
 
 /// The command, and how its host is reached.
 fn line(command: &str, args: &Args, host: &HostEntry) -> Vec<String> {
+    let access = &args.list.access;
     let mut words_of = vec![format!("{command} --host {}", host.target())];
     let mut flag = |name: &str, value: &str| words_of.push(format!("--{name} {}", words::quote(value)));
     let path = |own: &Option<PathBuf>, all: &Option<PathBuf>| {
         own.as_ref().or(all.as_ref()).map(|p| p.display().to_string())
     };
-    flag("user", host.user.as_deref().unwrap_or(&args.access.user));
-    if let Some(key) = path(&host.ssh_key, &args.access.ssh_key) {
+    flag("user", host.user.as_deref().unwrap_or(&access.user));
+    if let Some(key) = path(&host.ssh_key, &access.ssh_key) {
         flag("ssh-key", &key);
     }
-    let port = host.ssh_port.unwrap_or(args.access.ssh_port);
+    let port = host.ssh_port.unwrap_or(access.ssh_port);
     if port != 22 {
         flag("ssh-port", &port.to_string());
     }
     let jumps: Vec<String> = match host.ssh_jump.is_empty() {
-        true => args.access.ssh_jump.iter().map(ToString::to_string).collect(),
+        true => access.ssh_jump.iter().map(ToString::to_string).collect(),
         false => host.ssh_jump.clone(),
     };
     if !jumps.is_empty() {
         flag("ssh-jump", &jumps.join(","));
     }
-    if let Some(file) = path(&host.ssh_password_file, &args.access.ssh_password_file) {
+    if let Some(file) = path(&host.ssh_password_file, &access.ssh_password_file) {
         flag("ssh-password-file", &file);
     }
-    if let Some(file) = path(&host.sudo_password_file, &args.access.sudo_password_file) {
+    if let Some(file) = path(&host.sudo_password_file, &access.sudo_password_file) {
         flag("sudo-password-file", &file);
     }
     if let Some(key) = &host.host_key {
         flag("host-key", key);
     }
-    if !host.sudo.unwrap_or(args.access.sudo) {
+    if !host.sudo.unwrap_or(access.sudo) {
         words_of.push("--sudo=false".to_string());
     }
-    if args.access.accept_new_host_keys {
+    if access.accept_new_host_keys {
         words_of.push("--accept-new-host-keys".to_string());
     }
     words_of
@@ -166,21 +181,15 @@ fn line(command: &str, args: &Args, host: &HostEntry) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
-
-    #[derive(Parser)]
-    struct Cli {
-        #[command(flatten)]
-        args: Args,
-    }
+    use crate::fleet::tests::parse;
 
     #[test]
     fn a_script() {
-        let line = "x hosts.json --user ubuntu --servers 2 --limit 3 --tls-san 10.0.0.100 --merge --background \
+        let line = "hosts.json --user ubuntu --servers 2 --limit 3 --tls-san 10.0.0.100 --merge --background \
                     --server-k3s-extra-args '--node-taint a=b:NoSchedule'";
-        let args = Cli::parse_from(words::split(line).unwrap()).args;
+        let args: Args = parse(line);
         let list = "[{hostname: n1, ip: 10.0.0.1}, {ip: 10.0.0.2, ssh-port: 2222}, {ip: 10.0.0.3, user: pi, node-label: [\"a=b c\"]}, {ip: 10.0.0.4}]";
-        let text = script(&args, args.layout.hosts(Plan::parse("f", list).unwrap()));
+        let text = script(&args, args.list.layout.hosts(Plan::parse("f", list).unwrap()));
         for want in [
             "#!/bin/sh\nset -e\n",
             "echo \"Setting up server n1\"\nsampan install --host 10.0.0.1 \\\n  --user ubuntu \\\n  --cluster \\\n  --local-path kubeconfig \\\n  --context default \\\n  --tls-san 10.0.0.100 \\\n  --merge \\\n  --extra-args '--node-taint a=b:NoSchedule'\n",

@@ -1,21 +1,14 @@
 //! `sampan uninstall`: machines as they were. Upstream counterpart: running k3s-uninstall.sh.
-use std::path::PathBuf;
-
 use anyhow::Result;
 use sampan_fleet::install;
 
-use super::access::{Access, Target, ask, ways};
+use super::access::{Machines, Way, ask};
 use super::tell;
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    target: Target,
-    #[command(flatten)]
-    access: Access,
-    /// List of hosts (JSON or YAML), instead of --ip; the last of it is done first
-    #[arg(long)]
-    hosts: Option<PathBuf>,
+    machines: Machines,
     /// On this machine, without SSH
     #[arg(long)]
     local: bool,
@@ -27,8 +20,9 @@ pub struct Args {
 pub async fn run(args: &Args) -> Result<()> {
     let ask = ask();
     let mut failed = None;
+    let ways = if args.local { vec![Way::local()] } else { args.machines.ways()? };
     // agents stand after their server in a list
-    for way in ways(&args.access, &args.target, args.hosts.as_deref(), args.local)?.iter().rev() {
+    for way in ways.iter().rev() {
         let done = async {
             let host = way.reach(&ask).await?;
             Ok::<bool, anyhow::Error>(install::uninstall(&host, &args.bin_dir).await?)

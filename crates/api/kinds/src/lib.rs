@@ -34,6 +34,7 @@ pub mod resource;
 pub mod scheduling;
 pub mod storage;
 pub mod table;
+pub mod upgrade;
 pub mod version;
 
 pub use field::{ErrorList, FieldError, Path};

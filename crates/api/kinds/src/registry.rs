@@ -70,6 +70,7 @@ registry! {
     crate::resource::v1::resource_claim_template::KIND,
     crate::resource::v1::resource_claim::KIND,
     crate::resource::v1::resource_slice::KIND,
+    crate::upgrade::v1::plan::KIND,
 }
 
 /// The kind of that group, version and name.

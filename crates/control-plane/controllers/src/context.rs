@@ -2,21 +2,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::BoxFuture;
-use k8s_openapi::api::core::v1::PodSpec;
 use kube::Client;
 use sampan_client::Informers;
-use sampan_drivers::runtime::Platform;
+use sampan_drivers::platform::Platforms;
+use sampan_kinds::upgrade::Program;
+use tokio::sync::watch;
 
 use crate::events::EventRecorder;
 
 /// Makes the client of the service account `kube-system/<name>`.
 pub type Clients = Arc<dyn Fn(&'static str) -> Client + Send + Sync>;
 
-/// The platforms of each image that a pod of that namespace has pulled, of those images where they are known: what is
-/// not known allows every node.
-pub type ImagePlatforms =
-    Arc<dyn Fn(String, PodSpec) -> BoxFuture<'static, Vec<Vec<Platform>>> + Send + Sync>;
+/// Starts to look, at the first call, at the programs that the server has for its nodes.
+pub type Programs = Arc<dyn Fn() -> watch::Receiver<Vec<Program>> + Send + Sync>;
 
 /// What kube-controller-manager has as flags; defaults are upstream's.
 #[derive(Clone, Debug)]
@@ -32,8 +30,8 @@ pub struct Options {
     pub node_monitor_grace_period: Duration,
     /// The same for a node that never reported.
     pub node_startup_grace_period: Duration,
-    /// The cluster's CA certificates (PEM), published to every namespace.
-    pub root_ca_pem: String,
+    /// The cluster's CA certificates (PEM), published to every namespace, again when they change.
+    pub root_ca_pem: watch::Receiver<String>,
     /// How many finished pods may stay before the oldest are deleted; 0 keeps all.
     pub terminated_pod_threshold: usize,
 }
@@ -47,7 +45,7 @@ impl Default for Options {
             node_cidr_mask_v6: 64,
             node_monitor_grace_period: Duration::from_secs(40),
             node_startup_grace_period: Duration::from_secs(60),
-            root_ca_pem: String::new(),
+            root_ca_pem: watch::channel(String::new()).1,
             terminated_pod_threshold: 12_500,
         }
     }
@@ -59,7 +57,8 @@ pub struct Context {
     pub clients: Clients,
     pub informers: Informers,
     pub options: Options,
-    pub image_platforms: Option<ImagePlatforms>,
+    pub image_platforms: Option<Arc<dyn Platforms>>,
+    pub programs: Option<Programs>,
 }
 
 /// A controller's view of the context: its own client and event source.
@@ -69,5 +68,6 @@ pub struct Scope {
     pub informers: Informers,
     pub events: EventRecorder,
     pub options: Arc<Options>,
-    pub image_platforms: Option<ImagePlatforms>,
+    pub image_platforms: Option<Arc<dyn Platforms>>,
+    pub programs: Option<Programs>,
 }

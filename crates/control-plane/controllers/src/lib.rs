@@ -37,6 +37,7 @@ pub mod job;
 pub mod namespace;
 pub mod node_ipam;
 pub mod node_lifecycle;
+pub mod plan;
 pub mod pod_gc;
 pub mod replica_set;
 pub mod replication;
@@ -48,5 +49,5 @@ pub mod taint_eviction;
 pub mod token_cleaner;
 pub mod ttl_after_finished;
 
-pub use context::{Clients, Context, ImagePlatforms, Options, Scope};
+pub use context::{Clients, Context, Options, Scope};
 pub use registry::{REGISTRY, start};

@@ -36,6 +36,7 @@ registry! {
     resource_quota,
     cluster_role_aggregation,
     token_cleaner,
+    plan,
 }
 
 /// Starts every controller, supervised. They run for as long as the runtime does, or until a handle is aborted.
@@ -49,6 +50,7 @@ pub fn start(context: Context) -> Vec<tokio::task::JoinHandle<()>> {
             informers: context.informers.clone(),
             options: options.clone(),
             image_platforms: context.image_platforms.clone(),
+            programs: context.programs.clone(),
         };
         let run = (descriptor.build)(scope);
         sampan_telemetry::supervise(descriptor.name, run)

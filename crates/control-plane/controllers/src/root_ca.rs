@@ -8,6 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::PostParams;
 use kube::{Api, Client};
 use sampan_client::{Informer, WorkQueue};
+use tokio::sync::watch;
 
 use crate::controller::{Controller, Descriptor, SyncResult, run};
 use crate::controller_ref::{name, namespace};
@@ -29,7 +30,7 @@ const DESCRIPTION: &str = "Contains a CA bundle that can be used to verify the k
 
 struct RootCaController {
     client: Client,
-    data: BTreeMap<String, String>,
+    root_ca_pem: watch::Receiver<String>,
     namespaces: Informer<Namespace>,
     config_maps: Informer<ConfigMap>,
     queue: WorkQueue<String>,
@@ -39,7 +40,7 @@ impl RootCaController {
     fn new(scope: &Scope) -> Arc<Self> {
         let this = Arc::new(Self {
             client: scope.client.clone(),
-            data: [("ca.crt".to_string(), scope.options.root_ca_pem.clone())].into(),
+            root_ca_pem: scope.options.root_ca_pem.clone(),
             namespaces: scope.informers.of(),
             config_maps: scope.informers.selected("metadata.name=kube-root-ca.crt"),
             queue: WorkQueue::new(),
@@ -48,6 +49,12 @@ impl RootCaController {
         this.namespaces.on_event(move |event| me.queue.add(name(&**event.object()).to_string()));
         let me = this.clone();
         this.config_maps.on_event(move |event| me.queue.add(namespace(&**event.object()).to_string()));
+        let (me, mut changes) = (this.clone(), scope.options.root_ca_pem.clone());
+        tokio::spawn(async move {
+            while changes.changed().await.is_ok() {
+                me.all().into_iter().for_each(|namespace| me.queue.add(namespace));
+            }
+        });
         this
     }
 }
@@ -73,6 +80,8 @@ impl Controller for RootCaController {
             return Ok(());
         }
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &key);
+        let data: BTreeMap<String, String> =
+            [("ca.crt".to_string(), self.root_ca_pem.borrow().clone())].into();
         let described = |map: &ConfigMap| {
             map.metadata.annotations.as_ref().and_then(|a| a.get(DESCRIPTION_ANNOTATION)).map(String::as_str)
                 == Some(DESCRIPTION)
@@ -86,7 +95,7 @@ impl Controller for RootCaController {
                     annotations: Some([annotation].into()),
                     ..ObjectMeta::default()
                 },
-                data: Some(self.data.clone()),
+                data: Some(data),
                 ..ConfigMap::default()
             };
             return match api.create(&PostParams::default(), &map).await {
@@ -97,11 +106,11 @@ impl Controller for RootCaController {
                 Ok(_) => Ok(()),
             };
         };
-        if existing.data.as_ref() == Some(&self.data) && described(&existing) {
+        if existing.data.as_ref() == Some(&data) && described(&existing) {
             return Ok(());
         }
         let mut map = (*existing).clone();
-        map.data = Some(self.data.clone());
+        map.data = Some(data);
         map.metadata.annotations.get_or_insert_with(BTreeMap::new).extend([annotation]);
         api.replace(NAME, &PostParams::default(), &map).await?;
         Ok(())

@@ -63,7 +63,8 @@ pub async fn send_binary(
         return Ok(false);
     }
     let sent = |bytes: u64| progress(bytes, binary.size_bytes);
-    let input = Input::File { path: &binary.path, sent: &sent };
+    let Binary { path, offset, size_bytes, .. } = binary;
+    let input = Input::File { path, offset: *offset, size_bytes: *size_bytes, sent: &sent };
     let part = format!("{bin_dir}/.sampan.part");
     host.root_with("sending the program", PART, &[bin_dir], input).await?;
     if let Err(error) = verify(host, binary, &part).await {
@@ -182,7 +183,7 @@ pub async fn uninstall(host: &Host, bin_dir: &str) -> Result<bool, MachineError>
     let script = r#"
 if [ -x "$1/sampan-uninstall" ]; then "$1/sampan-uninstall" </dev/null || exit 1; echo removed
 elif [ -e "$1/sampan" ] || [ -e "$1/.sampan.part" ] || [ -e "$1/sampan-killall" ]; then
-  rm -f "$1/sampan" "$1/.sampan.part" "$1/sampan.previous" "$1/sampan-killall"; rm -rf /etc/sampan; echo removed
+  rm -f "$1/sampan" "$1/.sampan.part" "$1/.sampan.next" "$1/sampan.previous" "$1/sampan-killall"; rm -rf /etc/sampan; echo removed
 fi"#;
     let said = host.root("uninstalling", script, &[bin_dir]).await?;
     Ok(said.contains("removed"))

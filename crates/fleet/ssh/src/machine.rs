@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 
 use crate::connection::{Address, ConnectError, Connection, Feed, Login};
 use crate::facts::{self, Facts};
@@ -96,7 +96,13 @@ pub enum MachineError {
 pub enum Input<'a> {
     Empty,
     Bytes(&'a [u8]),
-    File { path: &'a Path, sent: &'a (dyn Fn(u64) + Send + Sync) },
+    /// So many bytes of a file, from one on.
+    File {
+        path: &'a Path,
+        offset: u64,
+        size_bytes: u64,
+        sent: &'a (dyn Fn(u64) + Send + Sync),
+    },
 }
 
 pub enum Machine {
@@ -329,10 +335,11 @@ impl Host {
         {
             Input::Empty => (Box::new(head), &nobody),
             Input::Bytes(bytes) => (Box::new(head.chain(bytes)), &nobody),
-            Input::File { path, sent } => {
-                let file = tokio::fs::File::open(path).await;
+            Input::File { path, offset, size_bytes, sent } => {
                 let failed = |source| MachineError::Read { path: path.display().to_string(), source };
-                (Box::new(head.chain(file.map_err(failed)?)), sent)
+                let mut file = tokio::fs::File::open(path).await.map_err(failed)?;
+                file.seek(std::io::SeekFrom::Start(offset)).await.map_err(failed)?;
+                (Box::new(head.chain(file.take(size_bytes))), sent)
             }
         };
         let sent = move |total: u64| sent(total.saturating_sub(head_bytes));

@@ -45,6 +45,8 @@ pub struct Service {
 pub const CONFIG: &str = "/etc/sampan/config.yaml";
 /// Where plain init's and OpenRC's services write their log.
 pub const LOG: &str = "/var/log/sampan.log";
+/// How long pods may take to end when the machine shuts down.
+const SHUTDOWN_GRACE_S: u32 = 20;
 /// Stands in that log before what a start by us has to say.
 const STARTED: &str = "-- started by install --";
 
@@ -88,12 +90,21 @@ impl Service {
         let mut words = vec![self.program(), self.role.verb().to_string()];
         words.extend(self.args.iter().cloned());
         let start = words.iter().map(|w| systemd_word(w)).collect::<Vec<_>>().join(" ");
+        // pods outlive the service, but not the machine: systemd itself would wait 90 s for each that ignores SIGTERM
+        let at_shutdown = format!(
+            "test \"$(systemctl is-system-running)\" != stopping || exec {} killall --data-dir {} --grace-seconds {}",
+            quote(&self.program()),
+            quote(&self.data_dir),
+            SHUTDOWN_GRACE_S
+        );
         format!(
             "[Unit]\nDescription=Sampan, Kubernetes for small machines ({role})\nWants=network-online.target\nAfter=network-online.target\n\n\
              [Service]\nType=exec\nExecStartPre=-/sbin/modprobe -a overlay nf_tables vxlan\nExecStart={start}\n\
+             ExecStopPost=-/bin/sh -c {at_shutdown}\n\
              Restart=always\nRestartSec=5s\nKillMode=process\nDelegate=yes\nLimitNOFILE=1048576\nLimitNPROC=infinity\n\
              LimitCORE=infinity\nTasksMax=infinity\nTimeoutStartSec=0\n\n[Install]\nWantedBy=multi-user.target\n",
-            role = self.role.verb()
+            role = self.role.verb(),
+            at_shutdown = systemd_word(&at_shutdown),
         )
     }
 
@@ -234,7 +245,7 @@ clear /etc/sampan
 find /run/sampan -mindepth 1 -maxdepth 1 ! -name bin -exec rm -rf {{}} + 2>/dev/null
 rmdir /run/sampan 2>/dev/null
 if [ ! -e /var/lib/kubelet ] && [ ! -e /var/lib/rancher ]; then rm -rf /var/log/pods /var/log/containers; fi
-rm -f {LOG} {LOG}.1 {bin}/.sampan.part {bin}/sampan.previous {bin}/sampan {bin}/sampan-killall {bin}/sampan-uninstall
+rm -f {LOG} {LOG}.1 {bin}/.sampan.part {bin}/.sampan.next {bin}/sampan.previous {bin}/sampan {bin}/sampan-killall {bin}/sampan-uninstall
 if [ -d {data} ] && [ -n "$(ls -A {data})" ]; then echo "{data} could not be emptied" >&2; exit 1; fi
 exit 0
 "#
@@ -307,6 +318,9 @@ mod tests {
                 .systemd()
                 .contains(r#"ExecStart=/usr/local/bin/sampan agent "--node-label=a=it's 5 %% $$x""#)
         );
+        let stop =
+            r#"ExecStopPost=-/bin/sh -c "test \"$$(systemctl is-system-running)\" != stopping || exec "#;
+        assert!(service.systemd().contains(stop), "{}", service.systemd());
         let sysv = service.sysv();
         assert!(sysv.contains(r#""$PROGRAM" agent '--node-label=a=it'\''s 5 % $x' &"#), "{sysv}");
         let args = service.openrc();

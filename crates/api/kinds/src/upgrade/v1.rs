@@ -1,0 +1,2 @@
+//! upgrade.sampan.io/v1.
+pub mod plan;
