@@ -1,21 +1,14 @@
 //! `sampan manifest` and `sampan image` against Debian's docker-registry, skopeo and docker's own `manifest` commands.
 //!
-//! Upstream counterpart: docker/cli's e2e/manifest. Registries listen on 127.0.0.1; every case has its own, and its own
-//! home, so that nobody's `docker login` plays a part.
-use std::collections::BTreeMap;
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+//! Upstream counterpart: docker/cli's e2e/manifest.
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, ensure};
-use sampan_tests::image::{Entry, box_image, digest, layer};
-use sampan_tests::process::{Ran, run};
+use sampan_tests::image::box_image;
+use sampan_tests::peer::{AMD64, ARM64, HTPASSWD, Home, Peer, bad_line, docker};
 use sampan_tests::{Space, Suite, cases, has, seconds, wait_for};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 fn main() -> ExitCode {
     Suite::new("manifests", "amd64")
@@ -36,187 +29,6 @@ fn main() -> ExitCode {
             images_of_a_node,
         ])
         .run()
-}
-
-/// docker-registry on a free port; it ends with this value.
-struct Peer {
-    host: String,
-    child: Child,
-    _folder: TempDir,
-}
-
-impl Peer {
-    fn start(auth: Option<&str>) -> Result<Peer> {
-        let folder = tempfile::tempdir()?;
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let host = format!("127.0.0.1:{port}");
-        let mut config = format!(
-            "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nhttp: {{addr: '{host}'}}\n\
-             storage: {{filesystem: {{rootdirectory: '{}'}}, delete: {{enabled: true}}}}\n",
-            folder.path().join("data").display()
-        );
-        if let Some(line) = auth {
-            let path = folder.path().join("htpasswd");
-            std::fs::write(&path, format!("{line}\n"))?;
-            config.push_str(&format!("auth: {{htpasswd: {{realm: r, path: '{}'}}}}\n", path.display()));
-        }
-        let path = folder.path().join("config.yml");
-        std::fs::write(&path, config)?;
-        let mut command = Command::new("docker-registry");
-        command.arg("serve").arg(&path);
-        Peer::run(command, host, folder).context("docker-registry: Debian's package of that name has it")
-    }
-
-    /// Our own, which knows where an upload stands after it broke; docker-registry 2 forgets it then.
-    fn ours(space: &Space) -> Result<Peer> {
-        let folder = tempfile::tempdir()?;
-        let host = format!("127.0.0.1:{}", TcpListener::bind("127.0.0.1:0")?.local_addr()?.port());
-        let mut command = Command::new(&space.cluster.sampan);
-        command.args(["registry", "serve"]).env("REGISTRY_HTTP_ADDR", &host);
-        command.env("REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY", folder.path());
-        Peer::run(command, host, folder)
-    }
-
-    fn run(mut command: Command, host: String, folder: TempDir) -> Result<Peer> {
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-        let peer = Peer { host, child, _folder: folder };
-        wait_for("the registry", seconds(20), || {
-            Ok(TcpStream::connect(&peer.host).map(drop).map_err(|e| e.to_string()))
-        })?;
-        Ok(peer)
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// A user's home, with the commands run in it.
-struct Home<'a> {
-    space: &'a Space,
-    folder: TempDir,
-}
-
-impl Home<'_> {
-    fn new(space: &Space) -> Result<Home<'_>> {
-        Ok(Home { space, folder: tempfile::tempdir()? })
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn command(&self, program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Result<Ran> {
-        let mut command = Command::new(program);
-        command.args(args).env("HOME", self.folder.path()).current_dir(self.folder.path());
-        command.env_remove("XDG_STATE_HOME").env_remove("DOCKER_CONFIG").env_remove("SAMPAN_MANIFESTS");
-        let path = std::env::var("PATH").unwrap_or_default();
-        command.env("PATH", format!("{}:{path}", self.folder.path().display()));
-        run(&mut command, b"", seconds(60))
-    }
-
-    fn sampan(&self, args: &[&str]) -> Result<Ran> {
-        self.command(&self.space.cluster.sampan, args)
-    }
-
-    fn skopeo(&self, args: &[&str]) -> Result<String> {
-        self.command("skopeo", &[&["--insecure-policy"], args].concat())?.ok()
-    }
-
-    /// What a registry has under a name, as it is.
-    fn raw(&self, name: &str) -> Result<Value> {
-        let name = format!("docker://{name}");
-        Ok(serde_json::from_str(&self.skopeo(&["inspect", "--raw", "--tls-verify=false", &name])?)?)
-    }
-
-    /// Pushes an image of one platform by skopeo, as Docker or OCI has it.
-    fn push(&self, name: &str, archive: &Path, arch: &str, format: &str) -> Result<()> {
-        let from = format!("oci-archive:{}", archive.display());
-        let to = format!("docker://{name}");
-        let args = [
-            "--override-arch",
-            arch,
-            "copy",
-            "-q",
-            "--dest-tls-verify=false",
-            "--format",
-            format,
-            &from,
-            &to,
-        ];
-        self.skopeo(&args).map(drop)
-    }
-
-    /// An archive of an image whose configuration says `arch` and whose shell is a program for `machine`.
-    fn archive(&self, arch: &str, machine: u16, payload: &[u8]) -> Result<PathBuf> {
-        let mut shell = b"\x7fELF\x02\x01\x01".to_vec();
-        shell.resize(18, 0);
-        shell.extend(machine.to_le_bytes());
-        shell.resize(64, 0);
-        let tar = layer(&[
-            Entry::Folder("bin/", 0o755),
-            Entry::Link("bin/sh", "busybox"),
-            Entry::File("bin/busybox", 0o755, &shell),
-            Entry::File("payload", 0o644, payload),
-            Entry::File("arch", 0o644, arch.as_bytes()),
-        ])?;
-        let path = self.path(&format!("{arch}-{machine}-{}.tar", payload.len()));
-        let kinds = ["layer.v1.tar", "config.v1+json", "manifest.v1+json"];
-        let [layer_type, config_type, type_] = kinds.map(|k| format!("application/vnd.oci.image.{k}"));
-        let mut blobs = BTreeMap::new();
-        let mut add = |bytes: Vec<u8>, media_type: &str| {
-            let described = json!({"mediaType": media_type, "digest": digest(&bytes), "size": bytes.len()});
-            blobs.insert(digest(&bytes), bytes);
-            described
-        };
-        let config = json!({"architecture": arch, "os": "linux", "config": {"Cmd": ["sh"]},
-            "rootfs": {"type": "layers", "diff_ids": [digest(&tar)]}});
-        let layers = json!([add(tar, &layer_type)]);
-        let config = add(config.to_string().into_bytes(), &config_type);
-        let manifest = json!({"schemaVersion": 2, "mediaType": type_, "config": config, "layers": layers});
-        let mut top = add(manifest.to_string().into_bytes(), &type_);
-        top["platform"] = json!({"os": "linux", "architecture": arch});
-        let index = json!({"schemaVersion": 2, "manifests": [top]}).to_string();
-        let mut out = tar::Builder::new(std::fs::File::create(&path)?);
-        let mut file = |name: &str, bytes: &[u8]| {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(bytes.len() as u64);
-            header.set_mode(0o644);
-            out.append_data(&mut header, name, bytes)
-        };
-        file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
-        file("index.json", index.as_bytes())?;
-        for (digest, bytes) in &blobs {
-            file(&format!("blobs/{}", digest.replacen(':', "/", 1)), bytes)?;
-        }
-        out.finish()?;
-        Ok(path)
-    }
-}
-
-const AMD64: u16 = 62;
-const ARM64: u16 = 183;
-
-/// Docker's command line client: this machine's, or out of Debian's package.
-fn docker() -> Result<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    if let Some(found) = std::env::split_paths(&path).map(|p| p.join("docker")).find(|p| p.is_file()) {
-        return Ok(found);
-    }
-    let folder = sampan_tests::cluster::target_folder()?.join("tmp/docker");
-    let program = folder.join("usr/bin/docker");
-    if program.exists() {
-        return Ok(program);
-    }
-    std::fs::create_dir_all(&folder)?;
-    let script = "get() { apt-get -qq download docker-cli || apt-get -qq download docker.io; }
-        get || { apt-get -qq update; get; }; for p in docker*.deb; do dpkg-deb -x $p .; done";
-    let ran = run(Command::new("sh").args(["-ec", script]).current_dir(&folder), b"", seconds(120))?;
-    ensure!(program.exists(), "no docker on this machine, and Debian's package did not come: {}", ran.text());
-    Ok(program)
 }
 
 /// The same commands by docker and by sampan: the same output, exit codes and pushed bytes.
@@ -336,9 +148,6 @@ fn wrong_architectures_are_told(s: &Space) -> Result<()> {
     Ok(())
 }
 
-/// user:secret
-const HTPASSWD: &str = "user:$2b$05$kvoflfB1aUsZDQFYrOCIVeyDy/7CYmm/d7t/6HAe8yPGJ/dAkve.C";
-
 fn docker_credentials(s: &Space) -> Result<()> {
     let (home, peer) = (Home::new(s)?, Peer::start(Some(HTPASSWD))?);
     let archive = format!("oci-archive:{}", home.archive("amd64", AMD64, b"")?.display());
@@ -369,41 +178,8 @@ fn docker_credentials(s: &Space) -> Result<()> {
     home.sampan(&["manifest", "inspect", &file, &target])?.ok().map(drop)
 }
 
-/// A way to `to` where connections break after `after` bytes, whichever way those go, until `breaks` of them did.
-fn bad_line(to: &str, after: usize, breaks: usize) -> Result<(String, Arc<AtomicUsize>)> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let (host, to) = (listener.local_addr()?.to_string(), to.to_string());
-    let broken = Arc::new(AtomicUsize::new(0));
-    let count = broken.clone();
-    std::thread::spawn(move || {
-        for near in listener.incoming().flatten() {
-            let Ok(far) = TcpStream::connect(&to) else { continue };
-            for (mut from, mut into) in
-                [(near.try_clone(), far.try_clone()), (far.try_clone(), near.try_clone())]
-                    .into_iter()
-                    .filter_map(|(a, b)| Some((a.ok()?, b.ok()?)))
-            {
-                let count = count.clone();
-                std::thread::spawn(move || {
-                    let (mut buffer, mut through) = (vec![0; 16 * 1024], 0);
-                    while let Ok(n @ 1..) = from.read(&mut buffer) {
-                        through += n;
-                        let breaks = through > after && count.fetch_add(1, Ordering::SeqCst) < breaks;
-                        if breaks || into.write_all(&buffer[..n]).is_err() {
-                            break;
-                        }
-                    }
-                    let _ = from.shutdown(std::net::Shutdown::Both);
-                    let _ = into.shutdown(std::net::Shutdown::Both);
-                });
-            }
-        }
-    });
-    Ok((host, broken))
-}
-
 fn broken_connections(s: &Space) -> Result<()> {
-    let (home, peer, ours) = (Home::new(s)?, Peer::start(None)?, Peer::ours(s)?);
+    let (home, peer, ours) = (Home::new(s)?, Peer::start(None)?, Peer::ours(s, &[])?);
     let payload: Vec<u8> = (0..6_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let archive = home.archive("amd64", AMD64, &payload)?;
     let from = format!("oci-archive:{}", archive.display());
@@ -491,7 +267,7 @@ fn errors_say_what_to_do(s: &Space) -> Result<()> {
         home.sampan(&args)?.refused(&want)?;
     }
     ensure!(
-        std::fs::read_dir(home.folder.path())?.all(|e| e.is_ok_and(|e| e.path().is_dir())),
+        std::fs::read_dir(home.path(""))?.all(|e| e.is_ok_and(|e| e.path().is_dir())),
         "an archive is left"
     );
     Ok(())
@@ -517,6 +293,21 @@ fn images_of_a_node(s: &Space) -> Result<()> {
     node(&["tag", &list, "here.example/named:1"])?.ok()?;
     let told: Value = serde_json::from_str(&node(&["inspect", "here.example/named:1"])?.ok()?)?;
     ensure!(told[0]["Architecture"] == "amd64" && told[0]["Config"]["Cmd"][0] == "sh", "{told}");
+    // out of the node's store into a registry, which has it whole then
+    let pushed = "127.0.0.1:5999/pushed:1";
+    let serve = "registry serve --http-addr 127.0.0.1:5999 --storage-filesystem-rootdirectory /root/registry";
+    let serve = format!("{sampan} {serve} >/dev/null 2>&1 & echo $!");
+    let registry = s.exec("amd64", &["sh", "-c", &serve])?.ok()?;
+    node(&["tag", &list, pushed])?.ok()?;
+    wait_for("the registry on the node", seconds(20), || {
+        let ran = node(&["push", pushed])?;
+        Ok(if ran.code == 0 { Ok(()) } else { Err(ran.text()) })
+    })?;
+    node(&["rm", pushed])?.ok()?;
+    node(&["pull", pushed])?.ok()?;
+    has(&s.exec("amd64", &["find", "/root/registry", "-name", "pushed"])?.ok()?, "repositories/pushed")?;
+    node(&["rm", pushed])?.ok()?;
+    s.exec("amd64", &["kill", registry.trim()])?.ok()?;
     // taken out and in again, it is an image still
     let out = "/root/out.tar";
     node(&["export", "--from-node", "-o", out, "here.example/named:1"])?.ok()?;

@@ -28,6 +28,9 @@ const EXCEPTIONS: &[(&str, &str)] = &[
     // the runtime pulls through the one registry client
     ("sampan-runtime", "sampan-image"),
     ("sampan-manifests", "sampan-image"),
+    // steps of a build run in the runtime's containers, over layers that the runtime unpacks
+    ("sampan-build", "sampan-image"),
+    ("sampan-build", "sampan-runtime"),
     // one small encoder of netlink messages for all that configures the kernel's network
     ("sampan-pods", "sampan-netlink"),
     ("sampan-services", "sampan-netlink"),

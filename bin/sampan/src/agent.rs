@@ -6,10 +6,12 @@ use anyhow::{Context, Result, bail};
 use http::{Request, StatusCode, header};
 use http_body_util::Empty;
 use hyper_util::rt::TokioIo;
-use sampan_pki::LiveCertificate;
+use sampan_pki::{LiveCertificate, Pair};
 
-use crate::agent_client;
+use crate::agent_client::Transport;
+use crate::certificate::agent::AgentCertificate;
 use crate::join::{self, Membership};
+use crate::mirror;
 use crate::node::{self, KubeletApi, NodeArgs};
 
 #[derive(clap::Args)]
@@ -29,7 +31,8 @@ const MAX_DELAY: Duration = Duration::from_secs(15);
 
 pub fn run(args: Args) -> Result<()> {
     sampan_telemetry::init(&args.node.log_filter());
-    crate::runtime()?.block_on(serve(args))
+    let data_dir = args.node.data_dir.clone();
+    crate::node_upgrade::run(&data_dir, serve(args))
 }
 
 async fn serve(args: Args) -> Result<()> {
@@ -39,15 +42,17 @@ async fn serve(args: Args) -> Result<()> {
     std::fs::create_dir_all(&folder)
         .with_context(|| format!("making {} (--data-dir names another place)", folder.display()))?;
     let name = args.node.name()?;
-    let membership = join_patiently(&args, &folder, &name).await?;
-    let kubeconfig = membership.kubeconfig();
-    sampan_world::files::write_atomic(&folder.join("kubelet.kubeconfig"), kubeconfig.as_bytes(), 0o600)?;
-    let live = LiveCertificate::new(&membership.pair)?;
+    let (membership, pair) = join_patiently(&args, &folder, &name).await?;
     let membership = Arc::new(membership);
-    let client = agent_client::new(membership.clone(), live.clone())?;
-    let kubelet = node::start(&args.node, &membership.cluster, client).await?;
+    let certificate = AgentCertificate::new(folder.clone(), args.token.clone(), membership.clone(), &pair)?;
+    let live = certificate.live.clone();
+    let transport = Transport::new(membership.clone(), live.clone(), certificate.on_refused());
+    let client = transport.client()?;
+    certificate.keep(transport)?;
+    let (setting, mirror) = mirror::part(&membership, &live, &folder)?;
+    let kubelet = node::start(&args.node, &membership.cluster, client, Some(mirror)).await?;
     sampan_telemetry::supervise("tunnel", {
-        move || keep_connected(membership.clone(), live.clone(), kubelet.clone())
+        move || keep_connected(membership.clone(), live.clone(), kubelet.clone(), setting.clone())
     });
     node::wait_for_end().await;
     tracing::info!("ending: pods run on");
@@ -55,7 +60,7 @@ async fn serve(args: Args) -> Result<()> {
 }
 
 /// A server that is not there yet, or not any more, is waited for; one that refuses is not.
-async fn join_patiently(args: &Args, folder: &std::path::Path, name: &str) -> Result<Membership> {
+async fn join_patiently(args: &Args, folder: &std::path::Path, name: &str) -> Result<(Membership, Pair)> {
     let mut delay = FIRST_DELAY;
     loop {
         let error = match join::join(folder, &args.server, args.token.as_deref(), name).await {
@@ -73,10 +78,15 @@ async fn join_patiently(args: &Args, folder: &std::path::Path, name: &str) -> Re
 }
 
 /// Holds the connection that the server reaches this node through; when it ends, another is made.
-async fn keep_connected(membership: Arc<Membership>, live: Arc<LiveCertificate>, kubelet: KubeletApi) {
+async fn keep_connected(
+    membership: Arc<Membership>,
+    live: Arc<LiveCertificate>,
+    kubelet: KubeletApi,
+    setting: Arc<mirror::Setting>,
+) {
     let mut delay = FIRST_DELAY;
     loop {
-        match connect(&membership, live.clone(), &kubelet).await {
+        match connect(&membership, live.clone(), &kubelet, &setting).await {
             Ok(()) => delay = FIRST_DELAY,
             Err(error) => {
                 tracing::warn!(
@@ -90,10 +100,14 @@ async fn keep_connected(membership: Arc<Membership>, live: Arc<LiveCertificate>,
     }
 }
 
-async fn connect(membership: &Membership, live: Arc<LiveCertificate>, kubelet: &KubeletApi) -> Result<()> {
+async fn connect(
+    membership: &Membership,
+    live: Arc<LiveCertificate>,
+    kubelet: &KubeletApi,
+    setting: &mirror::Setting,
+) -> Result<()> {
     let server = &membership.server;
-    let stream =
-        join::connect(server, Some(&membership.authority_pem), Some(live), Some(b"http/1.1")).await?;
+    let stream = join::connect(server, Some(&membership.trusted()), Some(live), Some(b"http/1.1")).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection.with_upgrades());
     let (host, port) = join::address_of(server)?;
@@ -106,6 +120,7 @@ async fn connect(membership: &Membership, live: Arc<LiveCertificate>, kubelet: &
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
         bail!("{server} answered {} to the tunnel", response.status());
     }
+    setting.hear(response.headers())?;
     let upgraded = hyper::upgrade::on(response).await?;
     let kubelet = kubelet.clone();
     sampan_tunnel::serve(TokioIo::new(upgraded), move |stream| kubelet.clone().serve(stream)).await?;

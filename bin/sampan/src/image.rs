@@ -1,6 +1,6 @@
 //! `sampan image`: images on this node, in registries and in archives.
 //!
-//! Upstream counterparts: `ctr images`, `crictl`, `docker image` and `skopeo`, whose words are kept where they agree. What
+//! Upstream counterparts: `ctr images`, `crictl`, `docker image`, `docker build` and `skopeo`, whose words are kept where they agree. What
 //! concerns the node's own images is asked of the node that runs here, over a socket in its data folder ([`node`]);
 //! registries and archives need no node at all.
 use std::path::PathBuf;
@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
+pub mod build;
 mod bundle;
 mod node;
 mod platforms;
@@ -19,6 +20,11 @@ use registry::Access;
 
 #[derive(Subcommand)]
 pub enum Command {
+    /// Build an image from a Dockerfile, for one platform or several
+    Build(Box<build::Build>),
+    /// Build for somebody else: what a node starts
+    #[command(hide = true)]
+    BuildServed(build::served::Served),
     /// Pull images onto this node
     Pull {
         #[command(flatten)]
@@ -82,6 +88,9 @@ pub enum Command {
         /// Do not ask
         #[arg(short, long)]
         force: bool,
+        /// Remove what builds keep, not images
+        #[arg(long, conflicts_with = "all")]
+        build_cache: bool,
     },
     /// Copy an image, all its platforms, from a registry or an archive to a registry
     Copy(bundle::Copy),
@@ -110,6 +119,8 @@ pub fn run(command: Command) -> Result<()> {
     sampan_telemetry::init("warn");
     crate::runtime()?.block_on(async {
         match command {
+            Command::Build(args) => build::run(*args).await,
+            Command::BuildServed(args) => build::served::run(args).await,
             Command::Pull { node, images } => node::pull(&node, &images).await,
             Command::Push(args) => bundle::push(args).await,
             Command::Import { node, archives } => node::import(&node, &archives).await,
@@ -118,7 +129,8 @@ pub fn run(command: Command) -> Result<()> {
             Command::Rm { node, force, images } => node::remove(&node, force, &images).await,
             Command::Inspect { access, remote: true, images, .. } => bundle::inspect(&access, &images).await,
             Command::Inspect { node, images, .. } => node::inspect(&node, &images).await,
-            Command::Prune { node, all, force } => node::prune(&node, all, force).await,
+            Command::Prune { node, build_cache: true, .. } => build::prune(&node.data_dir),
+            Command::Prune { node, all, force, .. } => node::prune(&node, all, force).await,
             Command::Copy(args) => bundle::copy(args).await,
             Command::Tag { node, image, name } => node::tag(&node, &image, &name).await,
             Command::Platforms(args) => platforms::run(args).await,

@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand};
 
 mod agent;
 mod agent_client;
+mod certificate;
 mod config_file;
 mod fleet;
 mod image;
@@ -13,8 +14,11 @@ mod kubelet_args;
 mod lab;
 mod manifest;
 mod manifests;
+mod mirror;
 mod node;
+mod node_upgrade;
 mod platforms;
+mod programs;
 mod registry;
 mod server;
 mod token;
@@ -43,6 +47,9 @@ enum Command {
     /// Manage the tokens that nodes join with
     #[command(subcommand)]
     Token(token::Command),
+    /// Check, renew and replace certificates
+    #[command(subcommand)]
+    Certificate(certificate::Command),
     /// Serve images as an OCI registry
     #[command(subcommand)]
     Registry(registry::Command),
@@ -70,6 +77,9 @@ fn main() -> ExitCode {
     if args.get(1).map(String::as_str) == Some("shim") {
         return sampan_runtime::shim_main(&args[2..]);
     }
+    if args.get(1).map(String::as_str) == Some("step") {
+        return sampan_runtime::step_main(&args[2..]);
+    }
     let args = match config_file::merge(args) {
         Ok(args) => args,
         Err(error) => return fail(&error),
@@ -78,6 +88,7 @@ fn main() -> ExitCode {
         Command::Server(args) => server::run(*args),
         Command::Agent(args) => agent::run(*args),
         Command::Token(command) => token::run(command),
+        Command::Certificate(command) => certificate::run(command),
         Command::Manifest(command) => manifest::run(command),
         Command::Image(command) => image::run(command),
         Command::Registry(command) => registry::run(command),

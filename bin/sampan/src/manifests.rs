@@ -44,7 +44,7 @@ pub fn start(client: Client, folder: PathBuf) -> Result<()> {
 }
 
 /// Notified on every change in the folder, by a thread that sleeps in the kernel until then.
-fn changes(folder: &Path) -> Result<Arc<Notify>> {
+pub fn changes(folder: &Path) -> Result<Arc<Notify>> {
     let inotify = inotify::init(CreateFlags::CLOEXEC)?;
     let what = WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO | WatchFlags::MOVED_FROM | WatchFlags::DELETE;
     inotify::add_watch(&inotify, folder, what)?;

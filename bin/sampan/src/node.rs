@@ -2,6 +2,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use k8s_openapi::api::core::v1::Taint;
@@ -9,7 +10,7 @@ use sampan_client::Informers;
 use sampan_dns::{Dns, DnsConfig};
 use sampan_drivers::runtime::Platform;
 use sampan_drivers::{PodNetwork, Runtime};
-use sampan_image::Registries;
+use sampan_image::{Mirror, Registries};
 use sampan_kubelet::{Kubelet, KubeletConfig};
 use sampan_pods::{PodNet, PodNetConfig};
 use sampan_runtime::RuntimeOptions;
@@ -17,6 +18,7 @@ use sampan_services::{Services, ServicesConfig};
 use sampan_telemetry::supervise;
 
 use crate::join::Cluster;
+use crate::mirror;
 
 /// Flags of every node, server or agent.
 #[derive(Clone, clap::Args)]
@@ -114,7 +116,7 @@ pub async fn client_of_kubeconfig(text: &str) -> Result<kube::Client> {
     kube::Client::try_from(config).context("making a client from the kubeconfig")
 }
 
-/// Waits for SIGTERM or SIGINT.
+/// Waits for SIGTERM or SIGINT, or for a program that is to take this one's place.
 pub async fn wait_for_end() {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut terminate), Ok(mut interrupt)) =
@@ -125,6 +127,7 @@ pub async fn wait_for_end() {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        () = crate::node_upgrade::requested() => {}
     }
 }
 
@@ -132,25 +135,35 @@ pub async fn wait_for_end() {
 pub type KubeletApi = sampan_kubelet::api::Api;
 
 /// Puts the node together and starts it.
-pub async fn start(args: &NodeArgs, cluster: &Cluster, client: kube::Client) -> Result<KubeletApi> {
+pub async fn start(
+    args: &NodeArgs,
+    cluster: &Cluster,
+    client: kube::Client,
+    mirror: Option<mirror::Membership>,
+) -> Result<KubeletApi> {
     let (name, ip) = (args.name()?, args.ip()?);
     let data = args.data_dir.join("agent");
     std::fs::create_dir_all(&data).with_context(|| format!("making {}", data.display()))?;
     let dns_ip: IpAddr = cluster.cluster_dns.parse().context("the cluster's DNS address")?;
     let registries = registries(&args.private_registry)?;
-    let images = sampan_runtime::Node::open(RuntimeOptions {
+    let peers =
+        mirror.as_ref().map(|m| Arc::new(mirror::Peers::new(registries.clone(), m)) as Arc<dyn Mirror>);
+    let options = RuntimeOptions {
         data_dir: data.clone(),
         run_dir: PathBuf::from("/run/sampan"),
         cgroup_root: args.cgroup_root.clone(),
         platform: args.platform()?,
-        registries,
-        shim_exe: std::env::current_exe().context("finding this program")?,
-    })
-    .await
-    .context("starting the container runtime")?;
+        registries: registries.clone(),
+        shim_exe: crate::node_upgrade::program()?,
+    };
+    let images = sampan_runtime::Node::open_mirrored(options, peers)
+        .await
+        .context("starting the container runtime")?;
+    let lender = mirror.map(|mirror| mirror::start(images.clone(), registries, ip, &mirror));
     crate::image::service::start(images.clone(), &data);
     let runtime: Arc<dyn Runtime> = Arc::new(images);
     let informers = Informers::new(client.clone());
+    crate::node_upgrade::follow(&name, &client, &informers);
     let pods = PodNet::new(
         PodNetConfig {
             node_name: name.clone(),
@@ -200,7 +213,24 @@ pub async fn start(args: &NodeArgs, cluster: &Cluster, client: kube::Client) -> 
             async move { kubelet.run().await }
         }
     });
-    Ok(KubeletApi::new(Arc::new(kubelet), runtime))
+    supervise("idle memory", unmap_idle_code);
+    let api = KubeletApi::new(Arc::new(kubelet), runtime);
+    if let Some(lender) = lender {
+        api.lend_images(lender);
+    }
+    let builds = crate::image::build::served::on_node(args.data_dir.clone(), args.private_registry.clone());
+    api.build_images(Arc::new(builds));
+    Ok(api)
+}
+
+/// What only the start needed is soon given up, what a busy time needed some minutes later.
+async fn unmap_idle_code() {
+    let mut wait = Duration::from_secs(30);
+    loop {
+        tokio::time::sleep(wait).await;
+        let _ = tokio::task::spawn_blocking(sampan_world::memory::unmap_idle_code).await;
+        wait = Duration::from_secs(600);
+    }
 }
 
 /// A task over a shared value that can be started again.
@@ -219,8 +249,9 @@ pub async fn start_local(
     cluster: &Cluster,
     client: kube::Client,
     nodes: &Arc<sampan_tunnel::Nodes>,
+    mirror: Option<mirror::Membership>,
 ) -> Result<()> {
-    let api = start(args, cluster, client).await?;
+    let api = start(args, cluster, client, mirror).await?;
     let (nodes, name) = (nodes.clone(), args.name()?);
     supervise("local tunnel", move || {
         let (nodes, name, api) = (nodes.clone(), name.clone(), api.clone());

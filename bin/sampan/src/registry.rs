@@ -258,6 +258,11 @@ pub struct ProxyArgs {
     /// Trust these certificates (PEM) of the registry that is cached, besides the system's
     #[arg(long, value_name = "FILE", help_heading = "Pull-through cache", requires = "proxy_remote_url")]
     proxy_ca_file: Option<PathBuf>,
+    /// Registry that clients mean by `?ns=`, as containerd tells mirrors; may be given several times (default: the host
+    /// of --proxy-remote-url). Others are answered with 404, so that one mirror entry for all registries is safe
+    #[arg(long, value_name = "REGISTRY", value_delimiter = ',', help_heading = "Pull-through cache")]
+    #[arg(requires = "proxy_remote_url")]
+    proxy_namespace: Vec<String>,
     /// Remove images that nobody pulled for this long; 0 for never
     #[arg(long, env = "REGISTRY_PROXY_TTL", value_name = "AGE", default_value = "168h", value_parser = duration)]
     #[arg(help_heading = "Pull-through cache")]
@@ -313,6 +318,7 @@ async fn serving(args: ServeArgs) -> Result<()> {
             username: args.proxy.proxy_username.unwrap_or_default(),
             password: args.proxy.proxy_password.unwrap_or_default(),
             ca_file: args.proxy.proxy_ca_file,
+            namespaces: args.proxy.proxy_namespace,
         })
         .context("--proxy-remote-url")?;
         let ttl = Some(args.proxy.proxy_ttl).filter(|ttl| !ttl.is_zero());

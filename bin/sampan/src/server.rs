@@ -10,15 +10,15 @@ use sampan_apiserver::authz::{Authorizer, bootstrap_policy};
 use sampan_apiserver::config::{Cidr, OpenId};
 use sampan_apiserver::{ApiServer, Config};
 use sampan_client::{Identity, Informers};
-use sampan_pki::join_token::Credentials;
-use sampan_pki::service_account_key::ServiceAccountKey;
-use sampan_pki::{Authority, JoinToken, LiveCertificate, Pair};
-use sampan_scheduler::Scheduler;
+use sampan_scheduler::{PlatformCache, Scheduler};
 use sampan_store::Store;
 use sampan_telemetry::supervise;
 use sampan_tunnel::Nodes;
 
+use crate::certificate::node_events::NodeEvents;
+use crate::certificate::server::{self as certificates, ServerCertificates};
 use crate::join::Cluster;
+use crate::mirror::{self, Directory};
 use crate::node::{self, NodeArgs};
 use crate::platforms::RegistryPlatforms;
 use crate::tunnel_endpoint::{self, Access, Endpoint};
@@ -60,16 +60,24 @@ pub struct Args {
     /// Mode of that file, octal
     #[arg(long, default_value = "600", help_heading = "Cluster")]
     write_kubeconfig_mode: String,
+    /// Let all nodes hand each other the images that they have, of the registries below `mirrors` in each node's
+    /// registries.yaml (an empty entry will do, "*" is all). Nodes keep layers as they came for this, besides unpacked
+    #[arg(long, help_heading = "Cluster")]
+    embedded_registry: bool,
     /// Run no node on this machine
     #[arg(long, help_heading = "Cluster")]
     disable_agent: bool,
+    /// How long certificates are good that this server signs (90s, 8760h); for tests
+    #[arg(long, hide = true, default_value = "8760h")]
+    certificate_lifetime: String,
     #[command(flatten)]
     node: NodeArgs,
 }
 
 pub fn run(args: Args) -> Result<()> {
     sampan_telemetry::init(&args.node.log_filter());
-    crate::runtime()?.block_on(serve(args))
+    let data_dir = args.node.data_dir.clone();
+    crate::node_upgrade::run(&data_dir, serve(args))
 }
 
 async fn serve(args: Args) -> Result<()> {
@@ -80,19 +88,18 @@ async fn serve(args: Args) -> Result<()> {
     make_private(&tls)?;
     make_private(&folder.join("db"))?;
     let addresses = Addresses::of(&args)?;
-    let authority = Arc::new(Authority::load_or_create(&tls).context("the cluster's certificate authority")?);
-    let token = cluster_token(&folder, args.token.as_deref(), &authority)?;
+    let certificates = ServerCertificates::open(settings(&args, &folder, &addresses)?)?;
     let options = sampan_store::Options::new(folder.join("db/state.db"))
         .deferred(sampan_apiserver::storage::DEFERRED_PREFIXES);
     let store = Store::open(options).context("opening the store")?;
 
-    let key = ServiceAccountKey::load_or_create(&tls.join("service-account.key"))?;
     let nodes = Arc::new(Nodes::default());
     let endpoint = Arc::new(Endpoint {
-        authority: authority.clone(),
+        certificates: certificates.clone(),
         nodes: nodes.clone(),
         cluster: addresses.cluster.clone(),
         access: std::sync::OnceLock::new(),
+        programs: crate::programs::Programs::new(folder.join("binaries"))?,
     });
     let mut config = Config::new(store.clone());
     config.dialer = Some(nodes.clone());
@@ -101,19 +108,20 @@ async fn serve(args: Args) -> Result<()> {
     config.advertise = Some(addresses.advertise);
     config.extra = Some(endpoint.router());
     config.extra_prefixes = tunnel_endpoint::PREFIXES.iter().map(|p| (*p).to_string()).collect();
-    config.openid =
-        Some(OpenId { configuration: authn::service_account::openid_configuration(), jwks: key.jwks() });
+    let (configuration, keys) =
+        (authn::service_account::openid_configuration(), certificates.account_key.clone());
+    config.openid = Some(OpenId { configuration, keys: keys.clone() });
     let api = ApiServer::new(config).await.context("starting the API server")?;
 
     let client = api.client(Identity::loopback(), "sampan-apiserver");
     let informers = Informers::new(client.clone());
     let lookup: Arc<ClientLookup> = Arc::new(ClientLookup(client.clone()));
-    let service_accounts = Arc::new(ServiceAccountTokens::new(key, lookup.clone()));
+    let service_accounts = Arc::new(ServiceAccountTokens::new(keys, lookup.clone()));
     let authenticator = Arc::new(authn::Authenticator::new(authn::Options {
         service_accounts: service_accounts.clone(),
-        client_verifier: sampan_pki::tls::client_verifier(authority.certificate())?,
+        client_verifier: certificates.verifier.clone(),
         lookup,
-        static_tokens: vec![(token, Identity::new("system:sampan:join", &[tunnel_endpoint::JOINERS]))],
+        static_tokens: certificates.static_tokens(),
         anonymous: true,
     }));
     api.bootstrap().await.map_err(|status| anyhow::anyhow!("preparing the cluster: {}", status.0.message))?;
@@ -129,29 +137,40 @@ async fn serve(args: Args) -> Result<()> {
     }));
     api.install_authorization(Arc::new(authorizer));
     api.install_authentication(authenticator.clone());
-    let _ = endpoint.access.set(Access { authenticator, client: client.clone() });
+    let images = args.embedded_registry.then(|| Directory::new(nodes.clone(), client.clone()));
+    let _ = endpoint.access.set(Access {
+        authenticator: authenticator.clone(),
+        client: client.clone(),
+        images: images.clone(),
+    });
 
-    let certificate = serving_certificate(&tls, &authority, &args, &addresses)?;
-    let live = LiveCertificate::new(&certificate)?;
-    let config = Arc::new(sampan_pki::tls::server_config(live)?);
+    let config = Arc::new(sampan_pki::tls::server_config(certificates.serving.clone())?);
     let listen = SocketAddr::new(args.bind_address, args.https_listen_port);
     let listener =
         tokio::net::TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
     let serving = api.clone();
     let server = tokio::spawn(async move { serving.serve(listener, config).await });
-    write_kubeconfig(&args, &authority)?;
+    certificates.write_kubeconfig()?;
     tracing::info!(address = %listen, ms = started.elapsed().as_millis() as u64, "the API is served");
 
-    start_control_plane(&api, &args, &authority)?;
+    start_control_plane(&api, &args, &endpoint, images.as_ref())?;
     crate::manifests::start(client.clone(), folder.join("manifests"))?;
+    let mut events = None;
     if !args.disable_agent {
         tokio::spawn(show_role(client, args.node.name()?));
         let identity = Identity::new(&format!("system:node:{}", args.node.name()?), &["system:nodes"]);
         let client = api.client(identity, "kubelet");
-        node::start_local(&args.node, &addresses.cluster, client, &nodes).await?;
+        events = Some(NodeEvents::new(client.clone(), &args.node.name()?));
+        let mirror = match images {
+            Some(images) => Some(mirror::of_server(images, args.node.name()?, &certificates)?),
+            None => None,
+        };
+        node::start_local(&args.node, &addresses.cluster, client, &nodes, mirror).await?;
     }
+    certificates.keep(authenticator, events)?;
     node::wait_for_end().await;
     tracing::info!("ending: pods run on");
+    certificates.end();
     api.shut_down();
     let _ = server.await;
     store.close().await.context("closing the store")
@@ -197,10 +216,17 @@ async fn let_nodes_see_services(client: &kube::Client) -> Result<(), kube::Error
     }
 }
 
-fn start_control_plane(api: &ApiServer, args: &Args, authority: &Authority) -> Result<()> {
+fn start_control_plane(
+    api: &ApiServer,
+    args: &Args,
+    endpoint: &Endpoint,
+    images: Option<&Arc<Directory>>,
+) -> Result<()> {
     let registries = node::registries(&args.node.private_registry)?;
-    let platforms = RegistryPlatforms::new(registries, api.client(Identity::loopback(), "sampan-platforms"));
-    let of_pod = platforms.clone();
+    let peers = images.map(|directory| mirror::through_tunnels(directory, &registries));
+    let client = api.client(Identity::loopback(), "sampan-platforms");
+    let platforms = RegistryPlatforms::new(registries, client).with_mirror(peers);
+    let platforms = PlatformCache::new(Arc::new(platforms));
     let caller = api.clone();
     let identity = Identity::new("system:kube-controller-manager", &[Identity::MASTERS]);
     sampan_controllers::start(sampan_controllers::Context {
@@ -213,12 +239,13 @@ fn start_control_plane(api: &ApiServer, args: &Args, authority: &Authority) -> R
         options: sampan_controllers::Options {
             cluster_cidr: Some(args.cluster_cidr.clone()),
             service_cidr: Some(args.service_cidr.clone()),
-            root_ca_pem: authority.certificate_pem().to_string(),
+            root_ca_pem: endpoint.certificates.bundle(),
             ..sampan_controllers::Options::default()
         },
-        image_platforms: Some(Arc::new(move |namespace, spec| {
-            let platforms = of_pod.clone();
-            Box::pin(async move { platforms.of_pod(namespace, spec).await })
+        image_platforms: Some(Arc::new(platforms.clone())),
+        programs: Some(Arc::new({
+            let programs = endpoint.programs.clone();
+            move || programs.watch()
         })),
     });
     let client = api.client(Identity::new("system:kube-scheduler", &[]), "kube-scheduler");
@@ -260,6 +287,7 @@ impl Addresses {
             service_cidr: args.service_cidr.clone(),
             cluster_dns: cluster_dns.to_string(),
             cluster_domain: args.cluster_domain.clone(),
+            embedded_registry: args.embedded_registry,
         };
         Ok(Self { advertise: SocketAddr::new(ip, args.https_listen_port), service_cidr, node_ports, cluster })
     }
@@ -277,93 +305,29 @@ fn make_private(path: &Path) -> Result<()> {
     made.with_context(|| format!("making {} (--data-dir names another place)", path.display()))
 }
 
-/// The secret that nodes join with; also written as a secure token for copying, to `node-token`.
-fn cluster_token(folder: &Path, given: Option<&str>, authority: &Authority) -> Result<String> {
-    let path = folder.join("token");
-    let kept = std::fs::read_to_string(&path).ok().map(|t| t.trim().to_string()).filter(|t| !t.is_empty());
-    let secret = match (given, kept) {
-        (Some(given), kept) => {
-            let given = JoinToken::parse(given).context("--token")?.bearer();
-            if kept.is_some_and(|kept| kept != given) {
-                bail!(
-                    "--token differs from the one this server was started with before, in {}",
-                    path.display()
-                );
-            }
-            given
-        }
-        (None, Some(kept)) => kept,
-        (None, None) => {
-            let mut bytes = [0; 16];
-            sampan_world::random::fill(&mut bytes);
-            bytes.iter().map(|b| format!("{b:02x}")).collect()
-        }
-    };
-    let credentials = Credentials::Secret { user: "server".to_string(), secret: secret.clone() };
-    let secure = JoinToken::secure(&authority.hash(), credentials).to_string();
-    for (name, text) in [("token", &secret), ("node-token", &secure)] {
-        let path = folder.join(name);
-        if std::fs::read_to_string(&path).ok().as_deref() != Some(&format!("{text}\n")) {
-            sampan_world::files::write_atomic(&path, format!("{text}\n").as_bytes(), 0o600)
-                .with_context(|| format!("writing {}", path.display()))?;
-        }
-    }
-    Ok(secret)
-}
-
-fn serving_certificate(
-    tls: &Path,
-    authority: &Authority,
-    args: &Args,
-    addresses: &Addresses,
-) -> Result<Pair> {
-    let mut names: Vec<String> =
-        ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost", "127.0.0.1"]
-            .map(String::from)
-            .to_vec();
+/// What the flags say of certificates.
+fn settings(args: &Args, folder: &Path, addresses: &Addresses) -> Result<certificates::Settings> {
+    let own = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost", "127.0.0.1"];
+    let mut names: Vec<String> = own.map(String::from).to_vec();
     names.push(format!("kubernetes.default.svc.{}", args.cluster_domain));
     names.push(addresses.service_cidr.nth(1).to_string());
     names.push(addresses.advertise.ip().to_string());
     names.push(args.node.name()?);
     names.extend(args.node.ip().ok().map(|ip| ip.to_string()));
     names.extend(args.tls_san.iter().cloned());
-    names.sort();
-    names.dedup();
-    let stem = tls.join("serving-apiserver");
-    let names_path = tls.join("serving-apiserver.names");
-    let same_names = std::fs::read_to_string(&names_path).is_ok_and(|text| text.lines().eq(names.iter()));
-    if let Some(pair) =
-        Pair::load(&stem).filter(|p| same_names && !p.needs_renewal(sampan_world::clock::now()))
-    {
-        return Ok(pair);
-    }
-    let pair = authority.server("sampan", &names).context("the API's certificate")?;
-    pair.save(&stem)?;
-    sampan_world::files::write_atomic(&names_path, names.join("\n").as_bytes(), 0o600)?;
-    Ok(pair)
-}
-
-fn write_kubeconfig(args: &Args, authority: &Authority) -> Result<()> {
-    let path = &args.write_kubeconfig;
-    let mode = u32::from_str_radix(&args.write_kubeconfig_mode, 8).with_context(|| {
-        format!("--write-kubeconfig-mode {}: expected octal, as in 644", args.write_kubeconfig_mode)
-    })?;
-    let stem = args.node.data_dir.join("server/tls/client-admin");
-    let admin = match Pair::load(&stem).filter(|p| !p.needs_renewal(sampan_world::clock::now())) {
-        Some(pair) => pair,
-        None => {
-            let pair = authority.client("system:admin", &[Identity::MASTERS])?;
-            pair.save(&stem)?;
-            pair
-        }
-    };
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-    }
-    let server = format!("https://127.0.0.1:{}", args.https_listen_port);
-    let text = sampan_pki::kubeconfig::kubeconfig("default", &server, authority.certificate_pem(), &admin);
-    sampan_world::files::write_atomic(path, text.as_bytes(), mode)
-        .with_context(|| format!("writing {}", path.display()))
+    let mode = &args.write_kubeconfig_mode;
+    Ok(certificates::Settings {
+        folder: folder.to_path_buf(),
+        token: args.token.clone(),
+        names: certificates::names(names),
+        node: (!args.disable_agent).then(|| args.node.name()).transpose()?,
+        kubeconfig: args.write_kubeconfig.clone(),
+        kubeconfig_mode: u32::from_str_radix(mode, 8)
+            .with_context(|| format!("--write-kubeconfig-mode {mode}: expected octal, as in 644"))?,
+        server: format!("https://127.0.0.1:{}", args.https_listen_port),
+        lifetime_seconds: crate::token::seconds(&args.certificate_lifetime)
+            .context("--certificate-lifetime")?,
+    })
 }
 
 #[cfg(test)]

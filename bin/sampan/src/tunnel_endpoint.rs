@@ -1,5 +1,5 @@
 //! What the server answers besides the API: `GET /cacerts`, `POST /v1-sampan/join` and the agents'
-//! `GET /v1-sampan/connect`.
+//! `GET /v1-sampan/connect` and `GET /v1-sampan/authority`.
 use std::convert::Infallible;
 use std::sync::Arc;
 
@@ -11,12 +11,14 @@ use kube::Api;
 use kube::api::PostParams;
 use sampan_apiserver::authn::Authenticator;
 use sampan_apiserver::{Body, Status, body};
-use sampan_pki::Authority;
 use sampan_tunnel::Nodes;
 use tower::service_fn;
 use tower::util::BoxCloneSyncService;
 
-use crate::join::{AUTHORITY_PATH, Cluster, JoinAnswer, JoinRequest};
+use crate::certificate::server::ServerCertificates;
+use crate::join::{AUTHORITY_CHANGES, AUTHORITY_PATH, Cluster, JoinAnswer, JoinRequest};
+use crate::mirror::Directory;
+use crate::programs::{self, Programs};
 
 /// Members of this group may join nodes: upstream's group of bootstrap tokens.
 pub const JOINERS: &str = "system:bootstrappers";
@@ -24,16 +26,19 @@ pub const JOINERS: &str = "system:bootstrappers";
 pub const PREFIXES: &[&str] = &["/v1-sampan/", AUTHORITY_PATH];
 
 pub struct Endpoint {
-    pub authority: Arc<Authority>,
+    pub certificates: Arc<ServerCertificates>,
     pub nodes: Arc<Nodes>,
     pub cluster: Cluster,
     /// Known once the API server is; before that everything here is unavailable.
     pub access: std::sync::OnceLock<Access>,
+    pub programs: Arc<Programs>,
 }
 
 pub struct Access {
     pub authenticator: Arc<Authenticator>,
     pub client: kube::Client,
+    /// Where nodes find each other's images, when they share them.
+    pub images: Option<Arc<Directory>>,
 }
 
 impl Endpoint {
@@ -47,7 +52,9 @@ impl Endpoint {
 
     async fn answer(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
         if request.uri().path() == AUTHORITY_PATH {
-            return Ok(Response::new(body::full(self.authority.certificate_pem().to_string())));
+            return Ok(Response::new(body::full(
+                self.certificates.authority().certificate_pem().to_string(),
+            )));
         }
         let Some(access) = self.access.get() else {
             return Err(Status::unavailable("the server is starting"));
@@ -72,6 +79,29 @@ impl Endpoint {
                 let Some(node) = node else { return Err(Status::unauthorized()) };
                 Ok(self.connect(node, Request::from_parts(parts, request_body)))
             }
+            (Method::GET, path) if path.starts_with(programs::PATH) => {
+                if !identity.is_in("system:nodes") {
+                    return Err(Status::unauthorized());
+                }
+                self.programs.answer(path).await
+            }
+            (Method::GET, path) if path.starts_with(crate::mirror::PATH) => {
+                let node =
+                    node.filter(|_| identity.is_in("system:nodes")).ok_or_else(Status::unauthorized)?;
+                match &access.images {
+                    Some(images) => images.answer(&node, &parts).await,
+                    None => Err(Status::bad_request("the cluster has no embedded registry")),
+                }
+            }
+            (Method::GET, AUTHORITY_CHANGES) => {
+                if node.is_none() {
+                    return Err(Status::unauthorized());
+                }
+                let query = parts.uri.query().unwrap_or_default();
+                let known = query.strip_prefix("known=").unwrap_or_default();
+                let pem = self.certificates.other_bundle(known).await;
+                Ok(Response::new(body::full(pem.unwrap_or_default())))
+            }
             (_, path) => Err(Status::bad_request(format!("there is no {path} here"))),
         }
     }
@@ -86,12 +116,13 @@ impl Endpoint {
         }
         check_password(&access.client, asked).await?;
         let user = format!("system:node:{}", asked.node_name);
-        let certificate = self
-            .authority
+        let authority = self.certificates.authority();
+        let certificate = authority
             .sign_client(&asked.certificate_request, &user, &["system:nodes"])
             .map_err(|e| Status::bad_request(format!("certificateRequest: {e}")))?;
-        tracing::info!(node = asked.node_name, "node joins");
-        Ok(JoinAnswer { certificate, cluster: self.cluster.clone() })
+        tracing::info!(node = asked.node_name, "node joins, or renews its certificate");
+        let authority = Some(authority.certificate_pem().to_string());
+        Ok(JoinAnswer { certificate, cluster: self.cluster.clone(), authority })
     }
 
     fn connect(&self, node: String, request: Request<Body>) -> Response<Body> {
@@ -106,6 +137,8 @@ impl Endpoint {
         *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static(sampan_tunnel::PROTOCOL));
+        let shared = if self.cluster.embedded_registry { "true" } else { "false" };
+        response.headers_mut().insert(crate::mirror::SETTING, HeaderValue::from_static(shared));
         response
     }
 }

@@ -232,7 +232,7 @@ pub async fn export(args: Export) -> Result<()> {
     layout.finish().map_err(fetch)?.commit()
 }
 
-fn fetch(error: sampan_image::client::FetchError) -> anyhow::Error {
+pub(super) fn fetch(error: sampan_image::client::FetchError) -> anyhow::Error {
     use sampan_image::client::FetchError;
     match error {
         FetchError::Image(e) => advice(e),
@@ -241,13 +241,13 @@ fn fetch(error: sampan_image::client::FetchError) -> anyhow::Error {
 }
 
 /// An archive that is in its place only when it is whole.
-enum Output {
+pub(super) enum Output {
     Stdout(std::io::Stdout),
     File { file: std::io::BufWriter<std::fs::File>, temporary: Scratch, path: PathBuf },
 }
 
 impl Output {
-    fn create(path: &Path) -> Result<Output> {
+    pub(super) fn create(path: &Path) -> Result<Output> {
         if path.as_os_str() == "-" {
             if std::io::IsTerminal::is_terminal(&std::io::stdout()) {
                 bail!("an archive is nothing for a terminal; name a file with -o, or pipe it");
@@ -260,7 +260,7 @@ impl Output {
         Ok(Output::File { file: std::io::BufWriter::new(file), temporary, path: path.to_path_buf() })
     }
 
-    fn commit(self) -> Result<()> {
+    pub(super) fn commit(self) -> Result<()> {
         match self {
             Output::Stdout(mut out) => out.flush()?,
             Output::File { file, temporary, path } => {
@@ -290,7 +290,7 @@ impl Write for Output {
 }
 
 /// A file that goes with this value, unless it was renamed.
-struct Scratch(PathBuf);
+pub(super) struct Scratch(PathBuf);
 
 impl Drop for Scratch {
     fn drop(&mut self) {

@@ -62,6 +62,20 @@ impl Node {
         Ok(serde_json::from_slice(&body.collect().await?.to_bytes())?)
     }
 
+    /// Whether there is a node to ask.
+    pub async fn check(&self) -> Result<()> {
+        self.records().await.map(drop)
+    }
+
+    /// Has the node take an archive as it is read.
+    pub async fn import_from(
+        &self,
+        reader: impl std::io::Read + Send + Unpin + 'static,
+    ) -> Result<Vec<ImageRecord>> {
+        let body = self.send("/import", FileBody { reader }.boxed_unsync(), http::Method::POST).await?;
+        Ok(serde_json::from_slice(&body.collect().await?.to_bytes())?)
+    }
+
     /// An archive of one image of the node.
     pub async fn export(&self, image: &str) -> Result<Incoming> {
         let question = Question { image: image.to_string(), ..Question::default() };
@@ -103,9 +117,7 @@ pub async fn import(node: &Node, archives: &[std::path::PathBuf]) -> Result<()> 
         } else {
             Box::new(std::fs::File::open(archive).with_context(|| format!("opening {shown}"))?)
         };
-        let body = FileBody { reader }.boxed_unsync();
-        let body = node.send("/import", body, http::Method::POST).await.with_context(|| shown.to_string())?;
-        let records: Vec<ImageRecord> = serde_json::from_slice(&body.collect().await?.to_bytes())?;
+        let records = node.import_from(reader).await.with_context(|| shown.to_string())?;
         if records.is_empty() {
             eprintln!("{shown}: nothing in it is for this node");
         }

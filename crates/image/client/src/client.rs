@@ -5,6 +5,7 @@
 //! or to where a redirect leads; every retry is bounded. HTTP proxies are not read from the environment.
 use std::collections::HashMap;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,19 +19,23 @@ use sampan_drivers::runtime::{Auth, ImageError, Platform};
 
 use crate::credentials::Keychain;
 use crate::manifest::{self, DOCUMENT_MAX_BYTES, Descriptor, Document, ImageConfig};
+use crate::mirror::Mirror;
 use crate::reference::Reference;
 use crate::registries::{Endpoint, Registries};
-use crate::source::Download;
+use crate::source::without_start;
 use crate::transport::{Body, Transport};
 
 mod answer;
+mod mirrored;
 mod push;
 mod token;
 mod watched;
 
 use answer::{
-    again, chain, check_digest, delay, judge, read_document, relative, same_host, unavailable, worse,
+    again, chain, check_digest, check_whole, delay, has_all, judge, media_type, pour, read_document,
+    relative, same_host, unavailable, worse,
 };
+use mirrored::Turn;
 
 pub use push::{Pushed, Upload};
 
@@ -52,6 +57,10 @@ pub trait Sink: Send {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
     /// Forget everything: the registry can't resume.
     fn restart(&mut self) -> io::Result<()>;
+    /// The digest of what it got so far, where it knows: then a wrong blob is asked of the next endpoint.
+    fn digest(&self) -> Option<String> {
+        None
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -94,12 +103,25 @@ pub struct Client {
     keychain: Keychain,
     transport: Transport,
     tokens: Mutex<HashMap<String, HeaderValue>>,
+    mirror: Option<Arc<dyn Mirror>>,
 }
 
 impl Client {
     pub fn new(registries: Registries) -> Client {
         let keychain = Keychain::default();
-        Client { registries, keychain, transport: Transport::default(), tokens: Mutex::default() }
+        let (transport, tokens) = (Transport::default(), Mutex::default());
+        Client { registries, keychain, transport, tokens, mirror: None }
+    }
+
+    /// Others to ask for what a registry has.
+    pub fn with_mirror(mut self, mirror: Option<Arc<dyn Mirror>>) -> Client {
+        self.mirror = mirror;
+        self
+    }
+
+    /// Whether others may hold this registry's images, and so may want them from here.
+    pub fn is_mirrored(&self, registry: &str) -> bool {
+        self.mirror.as_deref().is_some_and(|mirror| mirror.covers(registry))
     }
 
     /// Credentials for registries where neither the caller nor registries.yaml has any.
@@ -143,13 +165,19 @@ impl Client {
         sink: &mut dyn Sink,
     ) -> Result<(), FetchError> {
         let path = format!("blobs/{}", descriptor.digest);
+        if let Some((mirror, _)) = self.mirror_for(reference, &path)
+            && self.blob_from(mirror, reference, &path, descriptor, sink).await?
+        {
+            return Ok(());
+        }
         let mut last = ImageError::Unavailable("no endpoint".into());
         for endpoint in self.registries.endpoints(reference) {
             for credential in self.credentials(&endpoint, auth).await? {
                 let mut attempt = 0;
                 while attempt < ATTEMPTS {
                     let before = sink.offset();
-                    match self.blob_once(&endpoint, &path, descriptor.size, credential.as_ref(), sink).await {
+                    let got = self.blob_once(&endpoint, &path, descriptor.size, credential.as_ref(), sink);
+                    match got.await.and_then(|()| check_whole(descriptor, before, sink)) {
                         Ok(()) => return Ok(()),
                         Err(FetchError::Image(e @ ImageError::Unavailable(_))) => last = e,
                         Err(FetchError::Image(e)) => {
@@ -183,7 +211,7 @@ impl Client {
                     Ok(response) => {
                         let partial = response.status() == StatusCode::PARTIAL_CONTENT;
                         let skip = if partial { 0 } else { offset };
-                        return Ok(Download { inner: response.into_body(), skip }.boxed_unsync());
+                        return Ok(without_start(response.into_body(), skip));
                     }
                     Err(e) => last = worse(last, e),
                 }
@@ -226,20 +254,33 @@ impl Client {
         accept: Option<&str>,
         digest: Option<&str>,
     ) -> Result<(String, Bytes), ImageError> {
+        let mirror = self.mirror_for(reference, path);
+        if let Some((mirror, Turn::BeforeTheRegistry)) = mirror
+            && let Some(found) = self.document_from(mirror, reference, path, digest).await
+        {
+            return Ok(found);
+        }
+        let later = mirror.filter(|(_, turn)| *turn == Turn::WhenTheRegistryIsAway);
         let mut last = ImageError::Unavailable(format!("{reference}: no endpoint"));
         let endpoints = self.registries.endpoints(reference);
         for (index, endpoint) in endpoints.iter().enumerate() {
+            let is_last = index + 1 == endpoints.len() && later.is_none();
             for credential in self.credentials(endpoint, auth).await? {
                 for attempt in 1..=ATTEMPTS {
                     let error = match self.ask(endpoint, credential.as_ref(), path, accept, digest).await {
                         Ok(found) => return Ok(found),
                         Err(error) => error,
                     };
-                    if !again(&mut last, error, endpoint, attempt, index + 1 == endpoints.len()).await {
+                    if !again(&mut last, error, endpoint, attempt, is_last).await {
                         break;
                     }
                 }
             }
+        }
+        if let (Some((mirror, _)), ImageError::Unavailable(_)) = (later, &last)
+            && let Some(found) = self.document_from(mirror, reference, path, digest).await
+        {
+            return Ok(found);
         }
         Err(last)
     }
@@ -253,8 +294,7 @@ impl Client {
         digest: Option<&str>,
     ) -> Result<(String, Bytes), ImageError> {
         let response = self.get(endpoint, path, accept, 0, credential).await?;
-        let media_type = response.headers().get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("");
-        let media_type = media_type.split(';').next().unwrap_or("").trim().to_string();
+        let media_type = media_type(&response);
         let bytes = read_document(response).await?;
         if let Some(digest) = digest {
             check_digest(&bytes, digest)?;
@@ -281,37 +321,11 @@ impl Client {
         credential: Option<&Auth>,
         sink: &mut dyn Sink,
     ) -> Result<(), FetchError> {
-        if size_bytes > 0 && sink.offset() >= size_bytes {
-            if sink.offset() == size_bytes {
-                return Ok(());
-            }
-            sink.restart()?;
+        if has_all(size_bytes, sink)? {
+            return Ok(());
         }
         let response = self.get(endpoint, path, None, sink.offset(), credential).await?;
-        if response.status() != StatusCode::PARTIAL_CONTENT && sink.offset() > 0 {
-            sink.restart()?;
-        }
-        let mut body = response.into_body();
-        loop {
-            let frame = match tokio::time::timeout(STALL, body.frame()).await {
-                Err(_) => return Err(unavailable(endpoint, "the registry stopped sending").into()),
-                Ok(None) => break,
-                Ok(Some(Err(e))) => return Err(unavailable(endpoint, e).into()),
-                Ok(Some(Ok(frame))) => frame,
-            };
-            if let Some(data) = frame.data_ref() {
-                if size_bytes > 0 && sink.offset() + data.len() as u64 > size_bytes {
-                    return Err(
-                        ImageError::Invalid(format!("{path} is longer than its {size_bytes} bytes")).into()
-                    );
-                }
-                sink.write(data)?;
-            }
-        }
-        if sink.offset() < size_bytes {
-            return Err(unavailable(endpoint, format!("{path} ended after {} bytes", sink.offset())).into());
-        }
-        Ok(())
+        pour(response, &endpoint.host, path, size_bytes, sink).await
     }
 
     /// A GET below the repository, with what authentication the registry asks for.

@@ -7,8 +7,10 @@ pub mod archive;
 pub mod client;
 pub mod copy;
 pub mod credentials;
+pub mod download;
 pub mod layout;
 pub mod manifest;
+pub mod mirror;
 pub mod platform;
 pub mod reference;
 pub mod registries;
@@ -18,6 +20,7 @@ mod transport;
 
 pub use client::Client;
 pub use credentials::Keychain;
+pub use mirror::{Mirror, MirrorSource};
 pub use reference::Reference;
 pub use registries::Registries;
 pub use transport::Body;

@@ -109,7 +109,8 @@ fn is_tag(tag: &str) -> bool {
         && tag.bytes().enumerate().all(|(i, b)| word(b) || (i > 0 && matches!(b, b'.' | b'-')))
 }
 
-fn is_registry(registry: &str) -> bool {
+/// `host` or `host:port`.
+pub fn is_registry(registry: &str) -> bool {
     let (host, port) = match registry.strip_prefix('[') {
         Some(rest) => match rest.split_once(']') {
             Some((host, port)) if !host.is_empty() => {

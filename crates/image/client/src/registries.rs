@@ -11,7 +11,7 @@ use regex::Regex;
 use sampan_drivers::runtime::Auth;
 use serde::Deserialize;
 
-use crate::reference::Reference;
+use crate::reference::{Reference, is_registry};
 
 #[derive(Debug, thiserror::Error)]
 pub enum RegistriesError {
@@ -21,6 +21,12 @@ pub enum RegistriesError {
     Rewrite { mirror: String, pattern: String, message: String },
     #[error("registries.yaml: endpoint {endpoint:?} of mirror {mirror} is no http or https URL")]
     Endpoint { mirror: String, endpoint: String },
+    #[error(
+        "registries.yaml: {name:?} below mirrors is no registry's name; expected HOST, HOST:PORT or \"*\""
+    )]
+    Name { name: String },
+    #[error("registries.yaml: unknown key {key:?}; expected mirrors and configs")]
+    Key { key: String },
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -28,6 +34,9 @@ pub enum RegistriesError {
 pub struct Registries {
     mirrors: BTreeMap<String, Option<Mirror>>,
     configs: BTreeMap<String, Option<HostConfig>>,
+    /// Whatever else stands there: a misspelt key would turn mirrors off without a word.
+    #[serde(flatten)]
+    rest: BTreeMap<String, serde_yaml_ng::Value>,
     /// Registries may be spoken to in plain HTTP, or with any certificate.
     #[serde(skip)]
     insecure: bool,
@@ -86,8 +95,15 @@ impl Registries {
         if yaml.trim().is_empty() {
             return Ok(Registries::default());
         }
-        let registries: Registries = serde_yaml_ng::from_str(yaml)?;
+        let mut registries: Registries = serde_yaml_ng::from_str(yaml)?;
+        // `auths` is K3s' older form of `configs`, which it reads no more
+        if let Some(key) = std::mem::take(&mut registries.rest).into_keys().find(|key| key != "auths") {
+            return Err(RegistriesError::Key { key });
+        }
         for (name, mirror) in &registries.mirrors {
+            if name != "*" && !is_registry(name) {
+                return Err(RegistriesError::Name { name: name.clone() });
+            }
             let Some(mirror) = mirror else { continue };
             for pattern in mirror.rewrite.keys() {
                 Regex::new(pattern).map_err(|e| RegistriesError::Rewrite {
@@ -101,6 +117,17 @@ impl Registries {
             }
         }
         Ok(registries)
+    }
+
+    /// Whether nodes hand each other images of this registry: `mirrors` lists it, with endpoints or without. What is
+    /// on the loopback is another registry on each node.
+    pub fn shares(&self, registry: &str) -> bool {
+        let listed = self.mirrors.contains_key(registry) || self.mirrors.contains_key("*");
+        listed && !is_loopback(registry)
+    }
+
+    pub fn shares_any(&self) -> bool {
+        self.mirrors.keys().any(|registry| !is_loopback(registry))
     }
 
     /// `--insecure`: registries that are reached by no other way are reached without TLS or its verification.
@@ -277,5 +304,33 @@ configs:
         );
         assert!(Registries::parse("mirrors: {a: {rewrite: {'(': x}}}").is_err());
         assert!(Registries::parse("mirrors: {a: {endpoint: ['ftp://x']}}").is_err());
+    }
+
+    #[test]
+    fn what_is_listed_is_shared() {
+        let shared = |yaml: &str, registry: &str| Registries::parse(yaml).unwrap().shares(registry);
+        for (yaml, registry, wanted) in [
+            ("mirrors: {docker.io: , ghcr.io: {}}", "docker.io", true),
+            ("mirrors: {docker.io: , ghcr.io: {}}", "ghcr.io", true),
+            ("mirrors: {docker.io: }", "quay.io", false),
+            ("mirrors: {'*': }", "quay.io", true),
+            ("mirrors: {'*': }", "localhost:5000", false),
+            ("mirrors: {'r.example:5000': {endpoint: ['http://r.example:5000']}}", "r.example:5000", true),
+            ("configs: {docker.io: {}}", "docker.io", false),
+        ] {
+            assert_eq!(shared(yaml, registry), wanted, "{yaml} {registry}");
+        }
+        assert!(!Registries::default().shares_any() && Registries::parse(FILE).unwrap().shares_any());
+        for (bad, told) in [
+            ("mirrors: {'https://docker.io': {}}", "https://docker.io"),
+            ("mirrors: {'docker.io/library': {}}", "docker.io/library"),
+            ("mirror: {docker.io: {}}", "unknown key \"mirror\""),
+            ("mirrors: [docker.io]", "registries.yaml"),
+            ("mirrors: {docker.io: [x]}", "registries.yaml"),
+            ("mirrors:\n  docker.io:\n bad", "registries.yaml"),
+        ] {
+            let error = Registries::parse(bad).unwrap_err().to_string();
+            assert!(error.contains(told), "{bad}: {error}");
+        }
     }
 }

@@ -8,8 +8,9 @@ use std::task::{Context, Poll};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::TryStreamExt;
 use http_body::Frame;
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Incoming;
 use sampan_drivers::runtime::{Auth, ImageError};
 
@@ -105,35 +106,15 @@ impl<R: Read + Unpin> http_body::Body for FileBody<R> {
 }
 
 /// A registry's answer, without what comes before the offset asked for (it may not know ranges).
-pub(crate) struct Download {
-    pub inner: Incoming,
-    pub skip: u64,
-}
-
-impl http_body::Body for Download {
-    type Data = Bytes;
-    type Error = io::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        loop {
-            let frame = match http_body::Body::poll_frame(Pin::new(&mut self.inner), context) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(None) => return Poll::Ready(None),
-                Poll::Ready(Some(Err(e))) => return Poll::Ready(Some(Err(io::Error::other(e)))),
-                Poll::Ready(Some(Ok(frame))) => frame,
-            };
-            let Ok(mut data) = frame.into_data() else { continue };
-            let skipped = self.skip.min(data.len() as u64);
-            self.skip -= skipped;
+pub(crate) fn without_start(answer: Incoming, mut skip: u64) -> Body {
+    let pieces =
+        answer.into_data_stream().map_err(io::Error::other).try_filter_map(move |mut data: Bytes| {
+            let skipped = skip.min(data.len() as u64);
+            skip -= skipped;
             let data = data.split_off(skipped as usize);
-            if !data.is_empty() {
-                return Poll::Ready(Some(Ok(Frame::data(data))));
-            }
-        }
-    }
+            std::future::ready(Ok((!data.is_empty()).then(|| Frame::data(data))))
+        });
+    StreamBody::new(pieces).boxed_unsync()
 }
 
 /// All of a blob in memory, for what is known to be small.

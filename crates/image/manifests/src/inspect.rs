@@ -47,6 +47,15 @@ pub async fn program(source: &dyn Source, manifest: &Manifest, run: &RunConfig) 
     seen.verdict()
 }
 
+/// The same of layers in memory, topmost first; what fuzzing drives.
+pub fn program_in(run: &RunConfig, layers: &[&[u8]]) -> Option<Program> {
+    let mut seen = Seen { started: started(run), ..Seen::default() };
+    for layer in layers {
+        let _ = seen.layer(*layer);
+    }
+    seen.verdict()
+}
+
 /// Where the program that the image starts may lie, without the slash.
 fn started(run: &RunConfig) -> Vec<String> {
     let words = [&run.entrypoint, &run.cmd];
@@ -121,7 +130,7 @@ impl Seen {
         for entry in archive.entries()? {
             let mut entry = entry?;
             self.entries += 1;
-            self.unpacked += entry.size();
+            self.unpacked = self.unpacked.saturating_add(entry.size());
             if self.entries > ENTRIES_MAX {
                 break;
             }
@@ -222,11 +231,8 @@ mod tests {
     }
 
     fn verdict(run: &RunConfig, layers: &[Vec<u8>]) -> Option<(String, String)> {
-        let mut seen = Seen { started: started(run), ..Seen::default() };
-        for layer in layers {
-            let _ = seen.layer(layer.as_slice());
-        }
-        seen.verdict().map(|p| (p.path, p.architecture))
+        let layers: Vec<&[u8]> = layers.iter().map(Vec::as_slice).collect();
+        program_in(run, &layers).map(|p| (p.path, p.architecture))
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! keys, spelling of numbers), only the space between changes.
 
 /// `json.Indent`: the text is known to be JSON.
-pub(crate) fn indent(raw: &str, unit: &str) -> String {
+pub fn indent(raw: &str, unit: &str) -> String {
     let trimmed = raw.trim_end_matches([' ', '\t', '\r', '\n']);
     let mut out = lay_out(trimmed, unit, false);
     // Go keeps the space at the end.
@@ -13,7 +13,7 @@ pub(crate) fn indent(raw: &str, unit: &str) -> String {
 }
 
 /// `json.MarshalIndent`: as above, and what HTML knows is escaped.
-pub(crate) fn marshal_indent(raw: &str, unit: &str) -> String {
+pub fn marshal_indent(raw: &str, unit: &str) -> String {
     lay_out(raw.trim_end(), unit, true)
 }
 

@@ -6,7 +6,7 @@
 //! images ([`inspect`]); a pending list is one file of ours, not a folder below `~/.docker`.
 mod elf;
 pub mod inspect;
-mod json;
+pub mod json;
 mod list;
 mod pending;
 mod push;

@@ -20,10 +20,9 @@ mod query;
 mod routes;
 mod writes;
 
-pub(crate) use content::range_of;
+pub(crate) use content::{blob_headers, manifest_response, range_of};
 pub(crate) use query::{Query, encode};
-pub(crate) use routes::upload_location;
-use routes::{Route, Target};
+pub(crate) use routes::{Route, Target, upload_location};
 
 const DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");
@@ -68,6 +67,9 @@ impl Registry {
         let query = Query::parse(request.uri().query().unwrap_or(""));
         if route.target == Target::Root {
             return Ok(Response::new(Body::empty()));
+        }
+        if let (Some(proxy), Some(registry)) = (&self.proxy, query.get("ns").filter(|ns| !ns.is_empty())) {
+            proxy.check_namespace(registry)?;
         }
         self.access.authorize(request.headers(), &route.accesses(request.method(), &query)).await?;
         let method = request.method().clone();
@@ -132,7 +134,7 @@ pub(crate) async fn drain(body: &mut Body) {
     let _ = tokio::time::timeout(DRAIN, reading).await;
 }
 
-fn json(body: Vec<u8>) -> Response<Body> {
+pub(crate) fn json(body: Vec<u8>) -> Response<Body> {
     let mut response = Response::new(Body::from(body));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response

@@ -9,6 +9,7 @@
 pub mod auth;
 pub mod digest;
 pub mod error;
+pub mod holdings;
 mod http;
 pub mod layout;
 pub mod name;
@@ -21,6 +22,7 @@ pub mod storage;
 pub use auth::AccessController;
 pub use digest::Digest;
 pub use error::RegistryError;
+pub use holdings::{Holdings, Lending};
 pub use proxy::Proxy;
 pub use registry::{CollectOptions, Collected, Options, Quota, Registry};
 pub use storage::Storage;

@@ -79,6 +79,15 @@ impl Proxy {
         Proxy { upstream: Arc::new(upstream), ttl, fetches: Mutex::default() }
     }
 
+    /// containerd says with `?ns=` which registry it means: what is another's is not looked for here.
+    pub(crate) fn check_namespace(&self, registry: &str) -> Result<(), RegistryError> {
+        if self.upstream.stands_for(registry) {
+            return Ok(());
+        }
+        let names = self.upstream.namespaces().join(", ");
+        Err(RegistryError::NameUnknown(format!("this cache stands for {names}, not for {registry}")))
+    }
+
     pub(crate) fn ttl(&self) -> Option<Duration> {
         self.ttl
     }

@@ -371,8 +371,14 @@ async fn pulling_through_caches_what_was_checked() {
     let (origin, url, serving) = upstream().await;
     let content: Vec<u8> = (0..3_000_000_u32).map(|i| (i % 241) as u8).collect();
     let (digest, layer) = origin.push_image("lib/x", "v1", &content).await;
+    let host = url.trim_start_matches("http://").to_string();
     let upstream = Upstream::new(UpstreamOptions { url, ..UpstreamOptions::default() }).unwrap();
     let cache = lab_with(no_grace(), |r| r.with_proxy(Proxy::new(upstream, None))).await;
+    // one mirror entry for all registries: what is another's is not answered with this one's
+    for (namespace, status) in [(host.as_str(), 200), ("", 200), ("docker.io", 404)] {
+        let answer = cache.get(&format!("/v2/lib/x/manifests/v1?ns={namespace}")).await;
+        assert_eq!(answer.status, status, "{namespace}");
+    }
     assert_eq!(cache.get("/v2/lib/x/tags/list").await.json()["tags"][0], "v1");
     let manifest = cache.get("/v2/lib/x/manifests/v1").await;
     assert_eq!(manifest.header("docker-content-digest"), digest.to_string());

@@ -4,10 +4,12 @@
 //! before: nothing else reaches these streams. Upgrades of exec, attach and port-forward come as the client made them,
 //! so both WebSocket and SPDY end here (`remote_command`, `port_forward`), each on one task that ends with its stream.
 //!
+//! Below `/v2/` lie the images that other nodes may have ([`Api::lend_images`]).
+//!
 //! Deliberately not here: checkpoints, the node's own log files, profiling, cAdvisor's and the probes' metrics.
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -45,6 +47,24 @@ const BUFFER_BYTES: usize = 64 * 1024;
 const RUN_OUTPUT_BYTES: usize = 1024 * 1024;
 
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+/// Answers what other nodes ask below `/v2/`.
+pub type ImageLender = Arc<
+    dyn Fn(
+            Request<()>,
+        ) -> Pin<Box<dyn Future<Output = Response<UnsyncBoxBody<Bytes, std::io::Error>>> + Send>>
+        + Send
+        + Sync,
+>;
+/// Builds images for whoever asks at [`BUILD`], streaming both ways.
+pub type ImageBuilder = Arc<
+    dyn Fn(
+            Request<Incoming>,
+        ) -> Pin<Box<dyn Future<Output = Response<UnsyncBoxBody<Bytes, std::io::Error>>> + Send>>
+        + Send
+        + Sync,
+>;
+/// Not upstream's: where images are built.
+pub const BUILD: &str = "/sampan/build";
 /// What a connection does after it was upgraded.
 type Session = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -155,6 +175,8 @@ struct Shared {
     pods: Arc<dyn Pods>,
     runtime: Arc<dyn Runtime>,
     rates: stats::Rates,
+    lender: OnceLock<ImageLender>,
+    builder: OnceLock<ImageBuilder>,
 }
 
 /// The API; clones are the same one.
@@ -163,7 +185,18 @@ pub struct Api(Arc<Shared>);
 
 impl Api {
     pub fn new(lookup: Arc<dyn Pods>, runtime: Arc<dyn Runtime>) -> Self {
-        Self(Arc::new(Shared { pods: lookup, runtime, rates: stats::Rates::default() }))
+        let (rates, lender, builder) = (stats::Rates::default(), OnceLock::new(), OnceLock::new());
+        Self(Arc::new(Shared { pods: lookup, runtime, rates, lender, builder }))
+    }
+
+    /// Lets other nodes have images from this one, through the API server.
+    pub fn lend_images(&self, lender: ImageLender) {
+        let _ = self.0.lender.set(lender);
+    }
+
+    /// Lets images be built on this node, through the API server.
+    pub fn build_images(&self, builder: ImageBuilder) {
+        let _ = self.0.builder.set(builder);
     }
 
     fn pods(&self) -> &dyn Pods {
@@ -180,6 +213,10 @@ impl Api {
         let service = service_fn(|mut request| {
             let (api, session) = (self.clone(), session.clone());
             async move {
+                let builder = api.0.builder.get().filter(|_| request.uri().path() == BUILD);
+                if let (Some(builder), &Method::POST) = (builder, request.method()) {
+                    return Ok(builder(request).await);
+                }
                 let answer = api.answer(&mut request).await;
                 *session.lock() = answer.session;
                 Ok::<_, Infallible>(answer.response)
@@ -200,6 +237,12 @@ impl Api {
 
     async fn answer(&self, request: &mut Request<Incoming>) -> Answer {
         let path = request.uri().path().to_string();
+        if let (true, Some(lender)) = (path.starts_with("/v2/"), self.0.lender.get()) {
+            let mut asked = Request::new(());
+            (*asked.method_mut(), *asked.uri_mut()) = (request.method().clone(), request.uri().clone());
+            *asked.headers_mut() = request.headers().clone();
+            return Answer::plain(lender(asked).await);
+        }
         let query = Query::parse(request.uri().query());
         let parts: Vec<String> = path.split('/').skip(1).map(query::decode).collect();
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();

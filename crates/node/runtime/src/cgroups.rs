@@ -34,6 +34,16 @@ pub struct DeviceRule {
     pub access: String,
 }
 
+/// What every container may use: the nodes of its /dev, terminals, and making nodes that it can't open.
+pub fn standard_devices() -> Vec<DeviceRule> {
+    let rule = |kind, major, minor, access: &str| DeviceRule { kind, major, minor, access: access.into() };
+    let mut rules = vec![rule('c', -1, -1, "m"), rule('b', -1, -1, "m")];
+    for (major, minor) in [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (136, -1)] {
+        rules.push(rule('c', major, minor, "rwm"));
+    }
+    rules
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     pub cpu_ns: u64,
@@ -78,11 +88,12 @@ impl Cgroups {
         self.v2.is_some()
     }
 
+    /// Below a hierarchy's mount point; never absolute, or joining it would lead out of there.
     fn relative(&self, group: &str) -> String {
-        format!("{}/{}", self.root, group.trim_matches('/'))
+        format!("{}/{}", self.root, group.trim_matches('/')).trim_matches('/').to_string()
     }
 
-    fn folders(&self, group: &str) -> Vec<(&'static str, PathBuf)> {
+    pub fn folders(&self, group: &str) -> Vec<(&'static str, PathBuf)> {
         let relative = self.relative(group);
         let v1 = self.v1.iter().map(|(name, point)| (*name, point.join(&relative)));
         v1.chain(self.v2.iter().map(|point| ("", point.join(&relative)))).collect()
@@ -304,6 +315,9 @@ mod tests {
         );
         let v2 = Cgroups::from_mountinfo("30 22 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n", "s");
         assert_eq!(v2.folder("memory", "p").unwrap(), Path::new("/sys/fs/cgroup/s/p"));
+        // a machine's own node has no group above
+        let whole = Cgroups::from_mountinfo("30 22 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n", "");
+        assert_eq!(whole.folder("memory", "/p/c").unwrap(), Path::new("/sys/fs/cgroup/p/c"));
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! Upstream counterparts: containerd's content store and overlayfs snapshotter. What stays true: a file under `blobs/`
 //! has the digest of its name, and a folder under `layers/` is whole: both come there by rename, after they were
 //! synced. Whatever a kill or a full disk leaves behind lies under `ingest/`; blobs there are resumed, layers removed.
-//! Deliberate difference: a layer's compressed blob is dropped once it is unpacked; small machines have small disks.
+//! Deliberate difference: a layer's compressed blob is dropped once it is unpacked, since small machines have small
+//! disks, unless it is kept for other nodes ([`Content::unpack_layer`]).
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,10 @@ use sampan_image::manifest::hex_digest;
 use sha2::{Digest, Sha256};
 
 mod unpack;
-pub use unpack::{Limits, UnpackError, unpack};
+pub use unpack::{Limits, UnpackError, Unpacked, unpack};
+
+/// In the names of blobs on their way out of an archive: they are begun anew.
+const IMPORTED: &str = ".import-";
 
 #[derive(Debug, thiserror::Error)]
 pub enum ContentError {
@@ -64,6 +68,8 @@ impl Content {
         for entry in fs::read_dir(folder.join("ingest")).into_iter().flatten().flatten() {
             if entry.path().is_dir() {
                 let _ = fs::remove_dir_all(entry.path());
+            } else if entry.file_name().to_string_lossy().contains(IMPORTED) {
+                let _ = fs::remove_file(entry.path());
             }
         }
         Ok(content)
@@ -81,6 +87,47 @@ impl Content {
     pub fn read(&self, digest: &str) -> Option<Vec<u8>> {
         let bytes = fs::read(self.blob_path(digest)).ok()?;
         (sampan_image::manifest::digest(&bytes) == digest).then_some(bytes)
+    }
+
+    /// A blob's file and size.
+    pub fn open_blob(&self, digest: &str) -> Option<(File, u64)> {
+        let file = File::open(self.blob_path(digest)).ok()?;
+        let size_bytes = file.metadata().ok().filter(fs::Metadata::is_file)?.len();
+        Some((file, size_bytes))
+    }
+
+    pub fn has_blob(&self, digest: &str) -> bool {
+        self.blob_path(digest).is_file()
+    }
+
+    /// Keeps a blob of any size. Blocking.
+    pub fn write_from(&self, digest: &str, mut reader: impl Read) -> Result<(), ContentError> {
+        let name = format!("{}{IMPORTED}{}", digest.replace(':', "-"), sampan_world::random::suffix(6));
+        let path = self.folder.join("ingest").join(name);
+        let copied = (|| {
+            let (mut file, mut hash) = (File::create_new(&path)?, Sha256::new());
+            let mut piece = vec![0; 64 * 1024];
+            loop {
+                match reader.read(&mut piece)? {
+                    0 => break,
+                    n => {
+                        hash.update(&piece[..n]);
+                        file.write_all(&piece[..n])?;
+                    }
+                }
+            }
+            file.sync_all()?;
+            Ok(hex_digest(&hash.finalize()))
+        })();
+        let kept = match copied {
+            Err(e) => Err(io_error(format!("blob {digest}"))(e)),
+            Ok(got) if got != digest => Err(ContentError::Digest { digest: digest.into(), got }),
+            Ok(_) => fs::rename(&path, self.blob_path(digest)).map_err(io_error(format!("blob {digest}"))),
+        };
+        if kept.is_err() {
+            let _ = fs::remove_file(&path);
+        }
+        kept
     }
 
     pub fn has_layer(&self, name: &str) -> bool {
@@ -121,10 +168,12 @@ impl Content {
         Ok(Ingest { file, path, written, hash })
     }
 
-    /// Unpacks a layer whose compressed bytes are whole in `ingest`; both digests are checked. Blocking.
+    /// Unpacks a layer whose compressed bytes are whole in `ingest`; both digests are checked. With `keep` these bytes
+    /// stay too, as a blob. Blocking.
     pub fn unpack_layer(
         &self,
         mut ingest: Ingest,
+        keep: bool,
         digest: &str,
         diff_id: &str,
         name: &str,
@@ -138,6 +187,11 @@ impl Content {
         ingest.file.seek(SeekFrom::Start(0)).map_err(io_error("layer"))?;
         let file = ingest.file.try_clone().map_err(io_error("layer"))?;
         let size = self.unpack_reader(file, digest, diff_id, name, parents);
+        if size.is_ok() && keep {
+            // it was synced together with the layer
+            let kept = fs::rename(&ingest.path, self.blob_path(digest));
+            return kept.map_err(io_error(format!("blob {digest}"))).and(size);
+        }
         // Whole but broken: the next try begins anew.
         if !matches!(&size, Err(e) if e.is_no_space()) {
             ingest.discard();
@@ -216,6 +270,10 @@ impl Sink for Ingest {
         self.hash.update(bytes);
         self.written += bytes.len() as u64;
         Ok(())
+    }
+
+    fn digest(&self) -> Option<String> {
+        Some(hex_digest(&self.hash.clone().finalize()))
     }
 
     fn restart(&mut self) -> io::Result<()> {

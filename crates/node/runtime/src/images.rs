@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::content::{Content, ContentError};
 
 mod by_hand;
+mod kept;
 pub use by_hand::ImageFiles;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -44,6 +45,8 @@ struct Foreign {
 struct Table {
     images: Vec<ImageRecord>,
     foreign: Vec<Foreign>,
+    /// What other nodes may have.
+    kept: Vec<kept::Kept>,
 }
 
 pub struct Images {
@@ -90,13 +93,14 @@ impl Images {
     pub fn open(folder: &Path, client: Client, platform: Platform) -> Result<Arc<Images>, RuntimeError> {
         let content = Content::open(folder).map_err(failed)?;
         let path = folder.join("images.json");
-        let table = match std::fs::read(&path) {
+        let mut table = match std::fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|e| {
                 tracing::warn!(error = %e, "images.json can't be read; images will be pulled again");
                 Table::default()
             }),
             Err(_) => Table::default(),
         };
+        table.kept.retain(|kept| client.is_mirrored(kept.registry()));
         let table = Mutex::new(table);
         let pinned = Mutex::default();
         let images = Images { content, client, platform, path, table, pinned, pulling: Default::default() };
@@ -148,7 +152,7 @@ impl Images {
         let reference = Reference::parse(image).map_err(wrong)?;
         let _one = self.pulling.lock().await;
         let resolved = self.client.resolve(&reference, auth).await.map_err(wrong)?;
-        let top = resolved.digest.clone();
+        let (top, top_bytes) = (resolved.digest.clone(), resolved.bytes.clone());
         let (found, digest, bytes, platforms) = match resolved.document {
             Document::Manifest(m) => (m, resolved.digest, resolved.bytes, None),
             Document::Index(index) => {
@@ -186,18 +190,24 @@ impl Images {
                     return Err(failed(ContentError::Io { what: format!("layer {}", layer.digest), source }));
                 }
             }
-            let this = self.clone();
+            let (this, keep) = (self.clone(), self.client.is_mirrored(&reference.registry));
             let (digest, diff_id) = (layer.digest.clone(), config.diff_ids()[index].clone());
             let parents: Vec<String> = record.layers[..index].iter().rev().cloned().collect();
             let unpacked = tokio::task::spawn_blocking(move || {
-                this.content.unpack_layer(ingest, &digest, &diff_id, &name, &parents)
+                this.content.unpack_layer(ingest, keep, &digest, &diff_id, &name, &parents)
             });
             let size = unpacked.await.map_err(|e| RuntimeError::Failed { message: e.to_string() })?;
             record.unpacked_bytes += size.map_err(|e| of_image(image, e))?;
         }
         self.content.write(&digest, &bytes).map_err(failed)?;
         self.content.write(&record.id, &config_bytes).map_err(|e| of_image(image, e))?;
-        self.add(record)
+        let mut parts = vec![top.clone(), digest, record.id.clone()];
+        parts.extend(found.layers.into_iter().map(|l| l.digest));
+        let id = self.add(record)?;
+        if let Err(error) = self.keep_pulled(&reference, (&top, &top_bytes), parts) {
+            tracing::warn!(image, %error, "not shared with other nodes");
+        }
+        Ok(id)
     }
 
     fn no_platform(&self, platforms: &[Platform]) -> ImageError {
@@ -240,6 +250,7 @@ impl Images {
             other.digests.retain(|d| !record.digests.contains(d));
         }
         table.foreign.retain(|f| !record.tags.contains(&f.name));
+        table.unname(&record.tags);
         if let Some(at) = table.images.iter().position(|i| i.id == record.id) {
             let old = table.images.swap_remove(at);
             record.tags.extend(old.tags);
@@ -275,9 +286,11 @@ impl Images {
 
     /// Removes blobs and layers that no image and none of `used_layers` needs.
     pub fn collect(&self, used_layers: &[String]) {
-        let table = self.table.lock();
-        let blobs: Vec<String> =
+        let mut table = self.table.lock();
+        table.release();
+        let mut blobs: Vec<String> =
             table.images.iter().flat_map(|i| [i.id.clone(), i.manifest.clone()]).collect();
+        blobs.extend(table.kept.iter().flat_map(|k| k.blobs.iter().cloned()));
         let mut layers: Vec<String> = table.images.iter().flat_map(|i| i.layers.clone()).collect();
         layers.extend(used_layers.iter().cloned());
         self.content.collect(&blobs, &layers);
@@ -327,9 +340,8 @@ impl Images {
         let mut archive = Archive::open(path).map_err(wrong)?;
         let mut ids = Vec::new();
         for image in archive.images().map_err(wrong)? {
-            if let Some(id) = self.import_image(&archive, &image, &shown)? {
-                ids.push(id);
-            }
+            ids.extend(self.import_image(&archive, &image, &shown)?);
+            self.keep_archived(&archive, &image);
         }
         Ok(ids)
     }

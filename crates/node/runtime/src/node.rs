@@ -15,7 +15,7 @@ use sampan_drivers::runtime::{
     Container, ContainerConfig, ContainerState, ImageError, Platform, PodEvent, RuntimeError, Sandbox,
     SandboxConfig, SandboxState,
 };
-use sampan_image::{Client, Registries};
+use sampan_image::{Client, Mirror, Registries};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
@@ -131,11 +131,19 @@ fn new_id() -> String {
 impl Node {
     /// Opens a node's state, imports archives and takes over the shims that live.
     pub async fn open(options: RuntimeOptions) -> Result<Node, RuntimeError> {
+        Node::open_mirrored(options, None).await
+    }
+
+    /// The same, for a node that shares images with others: it asks them, and keeps for them what they may ask for.
+    pub async fn open_mirrored(
+        options: RuntimeOptions,
+        mirror: Option<Arc<dyn Mirror>>,
+    ) -> Result<Node, RuntimeError> {
         let folder = options.data_dir.join("runtime");
         for path in [folder.join("sandboxes"), options.data_dir.join("images"), options.run_dir.clone()] {
             fs::create_dir_all(&path).map_err(io_failed(format!("making {}", path.display())))?;
         }
-        let client = Client::new(options.registries.clone());
+        let client = Client::new(options.registries.clone()).with_mirror(mirror);
         let images = Images::open(&folder, client, options.platform.clone())?;
         let inner = Inner {
             cgroups: Cgroups::detect(&options.cgroup_root),

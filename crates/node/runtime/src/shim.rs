@@ -26,9 +26,13 @@ pub(crate) mod log;
 mod process;
 mod rootfs;
 mod run;
+mod step;
 mod user;
 
 use log::{Log, Pending};
+
+pub use rootfs::plain_overlay_options;
+pub use step::{Ended, Step, StepMount, remove_step_groups, step_main};
 
 const CLIENTS_MAX: usize = 64;
 

@@ -34,6 +34,8 @@ pub struct ContainerSpec {
     /// Names of layer folders, topmost first.
     pub layers: Vec<String>,
     pub readonly_rootfs: bool,
+    /// What is written becomes a layer: overlayfs may leave nothing there that only it understands.
+    pub plain_upper: bool,
     pub mounts: Vec<MountSpec>,
     pub devices: Vec<DeviceSpec>,
     pub privileged: bool,

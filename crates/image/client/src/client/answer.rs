@@ -76,7 +76,11 @@ pub(super) async fn judge(
     }
 }
 
-pub(super) async fn read_document(response: Response<Incoming>) -> Result<Bytes, ImageError> {
+pub(super) async fn read_document<B>(response: Response<B>) -> Result<Bytes, ImageError>
+where
+    B: http_body::Body<Data = Bytes>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
     let body = Limited::new(response.into_body(), DOCUMENT_MAX_BYTES as usize);
     match tokio::time::timeout(STALL, body.collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
@@ -94,6 +98,75 @@ pub(super) fn check_digest(bytes: &[u8], wanted: &str) -> Result<(), ImageError>
         return Ok(());
     }
     Err(ImageError::Invalid(format!("digest is {got}, not the {wanted} asked for")))
+}
+
+pub(super) fn media_type<B>(response: &Response<B>) -> String {
+    let text = response.headers().get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("");
+    text.split(';').next().unwrap_or("").trim().to_string()
+}
+
+/// Whether the blob is whole already; what is longer than it may be is forgotten.
+pub(super) fn has_all(size_bytes: u64, sink: &mut dyn Sink) -> io::Result<bool> {
+    if size_bytes > 0 && sink.offset() > size_bytes {
+        sink.restart()?;
+    }
+    Ok(size_bytes > 0 && sink.offset() == size_bytes)
+}
+
+/// A blob's bytes into the sink, which goes on where it was when the answer does.
+pub(super) async fn pour<B>(
+    response: Response<B>,
+    host: &str,
+    path: &str,
+    size_bytes: u64,
+    sink: &mut dyn Sink,
+) -> Result<(), FetchError>
+where
+    B: http_body::Body<Data = Bytes> + Unpin,
+    B::Error: std::fmt::Display,
+{
+    let broken = |why: String| ImageError::Unavailable(format!("{host}: {why}"));
+    if response.status() != StatusCode::PARTIAL_CONTENT && sink.offset() > 0 {
+        sink.restart()?;
+    }
+    let mut body = response.into_body();
+    loop {
+        let frame = match tokio::time::timeout(STALL, body.frame()).await {
+            Err(_) => return Err(broken("the registry stopped sending".into()).into()),
+            Ok(None) => break,
+            Ok(Some(Err(e))) => return Err(broken(e.to_string()).into()),
+            Ok(Some(Ok(frame))) => frame,
+        };
+        if let Some(data) = frame.data_ref() {
+            if size_bytes > 0 && sink.offset() + data.len() as u64 > size_bytes {
+                return Err(
+                    ImageError::Invalid(format!("{path} is longer than its {size_bytes} bytes")).into()
+                );
+            }
+            sink.write(data)?;
+        }
+    }
+    if sink.offset() < size_bytes {
+        return Err(broken(format!("{path} ended after {} bytes", sink.offset())).into());
+    }
+    Ok(())
+}
+
+/// A whole blob must have its digest, where the sink can tell. Wrong bytes are forgotten; were some of them there before
+/// (up to `began`), they may be to blame, and the same is worth another try.
+pub(super) fn check_whole(
+    descriptor: &Descriptor,
+    began: u64,
+    sink: &mut dyn Sink,
+) -> Result<(), FetchError> {
+    let Some(got) = sink.digest().filter(|got| *got != descriptor.digest) else { return Ok(()) };
+    sink.restart()?;
+    let message = format!("blob {}: its bytes have digest {got}", descriptor.digest);
+    Err(match began {
+        0 => ImageError::Invalid(message),
+        _ => ImageError::Unavailable(message),
+    }
+    .into())
 }
 
 pub(super) fn relative(base: &Uri, location: &str) -> Option<Uri> {

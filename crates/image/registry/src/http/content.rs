@@ -1,6 +1,7 @@
 //! GET and HEAD: blobs with ranges, manifests, lists.
 use super::*;
 use crate::http::routes::{next_link, referrers_query};
+use crate::registry::Manifest;
 
 /// Content under a digest never changes.
 const FOREVER: &str = "max-age=31536000";
@@ -27,29 +28,8 @@ impl Registry {
             (None, Some(proxy)) => return proxy.blob(self, name, digest, headers, head).await,
             (None, None) => return Err(RegistryError::BlobUnknown(digest.to_string())),
         };
-        let size = info.size_bytes;
-        let etag = format!("\"{digest}\"");
-        let mut response = Response::new(Body::empty());
-        let out = response.headers_mut();
-        set(out, header::ETAG, &etag);
-        set(out, header::CACHE_CONTROL, FOREVER);
-        set(out, DIGEST, digest.to_string());
-        if is_known(headers, &etag) {
-            *response.status_mut() = StatusCode::NOT_MODIFIED;
-            return Ok(response);
-        }
-        set(out, header::CONTENT_TYPE, "application/octet-stream");
-        set(out, header::ACCEPT_RANGES, "bytes");
-        let (first, length) = match range_of(headers, size, digest)? {
-            None => (0, size),
-            Some((first, length)) => {
-                set(out, header::CONTENT_RANGE, format!("bytes {first}-{}/{size}", first + length - 1));
-                *response.status_mut() = StatusCode::PARTIAL_CONTENT;
-                (first, length)
-            }
-        };
-        set(response.headers_mut(), header::CONTENT_LENGTH, length.to_string());
-        if !head {
+        let (mut response, part) = blob_headers(digest, info.size_bytes, headers)?;
+        if let Some((first, length)) = part.filter(|_| !head) {
             *response.body_mut() = Body::from_stream(self.read_blob(digest, first, length).await?);
         }
         Ok(response)
@@ -66,21 +46,7 @@ impl Registry {
             Some(proxy) => proxy.manifest(self, name, reference).await?,
             None => self.manifest(name, reference).await?,
         };
-        let etag = format!("\"{}\"", manifest.digest);
-        let mut response = Response::new(Body::empty());
-        let out = response.headers_mut();
-        set(out, header::ETAG, &etag);
-        set(out, DIGEST, manifest.digest.to_string());
-        if is_known(headers, &etag) {
-            *response.status_mut() = StatusCode::NOT_MODIFIED;
-            return Ok(response);
-        }
-        set(out, header::CONTENT_TYPE, &manifest.media_type);
-        set(out, header::CONTENT_LENGTH, manifest.bytes.len().to_string());
-        if !head {
-            *response.body_mut() = Body::from(manifest.bytes);
-        }
-        Ok(response)
+        Ok(manifest_response(manifest, headers, head))
     }
 
     pub(super) async fn get_referrers(
@@ -129,6 +95,54 @@ impl Registry {
         }
         Ok(response)
     }
+}
+
+/// The answer for a blob without its body, and what of it to send: begin and length.
+pub(crate) fn blob_headers(
+    digest: &Digest,
+    size: u64,
+    headers: &HeaderMap,
+) -> Result<(Response<Body>, Option<(u64, u64)>), RegistryError> {
+    let etag = format!("\"{digest}\"");
+    let mut response = Response::new(Body::empty());
+    let out = response.headers_mut();
+    set(out, header::ETAG, &etag);
+    set(out, header::CACHE_CONTROL, FOREVER);
+    set(out, DIGEST, digest.to_string());
+    if is_known(headers, &etag) {
+        *response.status_mut() = StatusCode::NOT_MODIFIED;
+        return Ok((response, None));
+    }
+    set(out, header::CONTENT_TYPE, "application/octet-stream");
+    set(out, header::ACCEPT_RANGES, "bytes");
+    let (first, length) = match range_of(headers, size, digest)? {
+        None => (0, size),
+        Some((first, length)) => {
+            set(out, header::CONTENT_RANGE, format!("bytes {first}-{}/{size}", first + length - 1));
+            *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+            (first, length)
+        }
+    };
+    set(response.headers_mut(), header::CONTENT_LENGTH, length.to_string());
+    Ok((response, Some((first, length))))
+}
+
+pub(crate) fn manifest_response(manifest: Manifest, headers: &HeaderMap, head: bool) -> Response<Body> {
+    let etag = format!("\"{}\"", manifest.digest);
+    let mut response = Response::new(Body::empty());
+    let out = response.headers_mut();
+    set(out, header::ETAG, &etag);
+    set(out, DIGEST, manifest.digest.to_string());
+    if is_known(headers, &etag) {
+        *response.status_mut() = StatusCode::NOT_MODIFIED;
+        return response;
+    }
+    set(out, header::CONTENT_TYPE, &manifest.media_type);
+    set(out, header::CONTENT_LENGTH, manifest.bytes.len().to_string());
+    if !head {
+        *response.body_mut() = Body::from(manifest.bytes);
+    }
+    response
 }
 
 fn is_known(headers: &HeaderMap, etag: &str) -> bool {

@@ -7,7 +7,7 @@ use crate::error::RegistryError;
 use crate::name;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Target {
+pub(crate) enum Target {
     /// `/`: for load balancers that ask whether anything is there
     Root,
     Base,
@@ -21,13 +21,13 @@ pub(super) enum Target {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Route {
+pub(crate) struct Route {
     pub repository: String,
     pub target: Target,
 }
 
 impl Route {
-    pub(super) fn parse(path: &str) -> Result<Route, RegistryError> {
+    pub(crate) fn parse(path: &str) -> Result<Route, RegistryError> {
         if path == "/" || path.is_empty() {
             return Ok(Route { repository: String::new(), target: Target::Root });
         }

@@ -25,6 +25,8 @@ use crate::registry::Reference;
 const STALL: Duration = Duration::from_secs(30);
 const REDIRECTS_MAX: usize = 5;
 const TOKENS_MAX: usize = 64;
+/// One registry with many names; the first is the one that images carry.
+const DOCKER_HUB: [&str; 3] = ["docker.io", "registry-1.docker.io", "index.docker.io"];
 const LIST_MAX_BYTES: usize = 8 << 20;
 const ACCEPTED: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, \
@@ -38,6 +40,8 @@ pub struct UpstreamOptions {
     pub password: String,
     /// PEM certificates trusted besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// Names of the registry that clients may mean with `?ns=`; its host's when empty.
+    pub namespaces: Vec<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +56,7 @@ pub enum UpstreamError {
 
 pub struct Upstream {
     base: String,
+    namespaces: Vec<String>,
     username: String,
     password: String,
     client: HttpClient<Empty<Bytes>>,
@@ -119,9 +124,24 @@ impl Upstream {
         if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.authority().is_none() {
             return Err(invalid("expected http://HOST or https://HOST".into()));
         }
+        let mut namespaces = options.namespaces;
+        if namespaces.is_empty() {
+            namespaces.extend(uri.authority().map(ToString::to_string));
+            if namespaces.iter().any(|name| DOCKER_HUB.contains(&name.as_str())) {
+                namespaces = DOCKER_HUB.map(String::from).to_vec();
+            }
+        }
         let client = outbound::client(options.ca_file.as_deref()).map_err(invalid)?;
         let (username, password) = (options.username, options.password);
-        Ok(Upstream { base, username, password, client, tokens: Mutex::default() })
+        Ok(Upstream { base, namespaces, username, password, client, tokens: Mutex::default() })
+    }
+
+    pub(super) fn namespaces(&self) -> &[String] {
+        &self.namespaces
+    }
+
+    pub(super) fn stands_for(&self, registry: &str) -> bool {
+        self.namespaces.iter().any(|name| name.eq_ignore_ascii_case(registry))
     }
 
     pub(super) async fn head_manifest(
@@ -382,6 +402,23 @@ mod tests {
                 Upstream::new(UpstreamOptions { url: bad.into(), ..Default::default() }).is_err(),
                 "{bad}"
             );
+        }
+    }
+    #[test]
+    fn a_cache_stands_for_its_registry() {
+        for (url, namespaces, asked, wanted) in [
+            ("https://registry-1.docker.io", &[][..], "docker.io", true),
+            ("https://registry-1.docker.io", &[], "ghcr.io", false),
+            ("https://ghcr.io/", &[], "ghcr.io", true),
+            ("https://r.example:5000/v2", &[], "r.example:5000", true),
+            ("https://r.example:5000", &[], "r.example", false),
+            ("https://mirror.example", &["docker.io"], "docker.io", true),
+            ("https://mirror.example", &["docker.io"], "mirror.example", false),
+        ] {
+            let namespaces = namespaces.iter().map(ToString::to_string).collect();
+            let upstream =
+                Upstream::new(UpstreamOptions { url: url.into(), namespaces, ..Default::default() }).unwrap();
+            assert_eq!(upstream.stands_for(asked), wanted, "{url} {asked}");
         }
     }
 }

@@ -185,18 +185,7 @@ impl Storage for Disk {
 
     async fn read(&self, key: &str, offset: u64, length: u64) -> Result<ByteStream> {
         let file = Arc::new(self.run(key, File::open).await?);
-        let first = next_piece(&file, offset, length);
-        let state = (file, offset, length, first);
-        Ok(Box::pin(stream::unfold(state, |(file, offset, left, pending)| async move {
-            let piece = match pending?.await.unwrap_or_else(|e| Err(io::Error::other(e))) {
-                Ok(piece) => piece,
-                Err(e) => return Some((Err(e), (file, offset, 0, None))),
-            };
-            let (offset, left) = (offset + piece.len() as u64, left - piece.len() as u64);
-            // the next piece is read while this one goes out
-            let pending = next_piece(&file, offset, left);
-            Some((Ok(piece), (file, offset, left, pending)))
-        })))
+        Ok(stream_file(file, offset, length))
     }
 
     async fn create(&self, key: &str) -> Result<()> {
@@ -352,6 +341,22 @@ fn make_folder(folder: &Path, sync: bool) -> io::Result<()> {
         made => made?,
     }
     if sync { sync_folder(folder.parent()) } else { Ok(()) }
+}
+
+/// `length` bytes of a file from `offset` on.
+pub(crate) fn stream_file(file: Arc<File>, offset: u64, length: u64) -> ByteStream {
+    let first = next_piece(&file, offset, length);
+    let state = (file, offset, length, first);
+    Box::pin(stream::unfold(state, |(file, offset, left, pending)| async move {
+        let piece = match pending?.await.unwrap_or_else(|e| Err(io::Error::other(e))) {
+            Ok(piece) => piece,
+            Err(e) => return Some((Err(e), (file, offset, 0, None))),
+        };
+        let (offset, left) = (offset + piece.len() as u64, left - piece.len() as u64);
+        // the next piece is read while this one goes out
+        let pending = next_piece(&file, offset, left);
+        Some((Ok(piece), (file, offset, left, pending)))
+    }))
 }
 
 fn next_piece(

@@ -28,6 +28,7 @@ impl Images {
         let text = reference.to_string();
         let mut table = self.table.lock();
         table.foreign.retain(|f| f.name != text);
+        table.keep_as(&found, &reference);
         for record in &mut table.images {
             record.tags.retain(|t| *t != text);
             if record.id == found.id {

@@ -12,7 +12,7 @@ use sampan_image::manifest::RunConfig;
 
 use super::connection::{Connection, ask};
 use super::{ContainerRecord, Node, SandboxRecord, failed, io_failed, new_id, write_json};
-use crate::cgroups::DeviceRule;
+use crate::cgroups::{self, DeviceRule};
 use crate::spec::{ContainerSpec, DeviceSpec, MountSpec, PidMode, ProcessSpec, Request, UserSpec};
 use crate::{capabilities, seccomp};
 
@@ -130,6 +130,7 @@ impl Node {
             layers_folder: self.inner.images.content.layers_folder(),
             layers,
             readonly_rootfs: security.readonly_rootfs,
+            plain_upper: false,
             mounts: mounts.collect(),
             devices: devices.collect(),
             privileged: security.privileged,
@@ -346,10 +347,7 @@ impl Node {
 /// What every container may use, and the devices that it was given.
 fn device_rules(config: &ContainerConfig) -> Result<Vec<DeviceRule>, RuntimeError> {
     let rule = |kind, major, minor, access: &str| DeviceRule { kind, major, minor, access: access.into() };
-    let mut rules = vec![rule('c', -1, -1, "m"), rule('b', -1, -1, "m")];
-    for (major, minor) in [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (136, -1)] {
-        rules.push(rule('c', major, minor, "rwm"));
-    }
+    let mut rules = cgroups::standard_devices();
     for device in &config.devices {
         let at = device.host_path.display().to_string();
         let metadata = fs::metadata(&device.host_path).map_err(io_failed(format!("device {at}")))?;

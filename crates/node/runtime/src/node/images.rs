@@ -36,6 +36,24 @@ impl Node {
         self.inner.images.prune(all, &used, &self.used_layers()).await
     }
 
+    /// Keeps what the archives on this node hold for other nodes, when the mirror was turned on after the start.
+    pub async fn keep_archives(&self) {
+        let (images, archives) = (self.inner.images.clone(), self.inner.options.data_dir.join("images"));
+        if let Err(error) = tokio::task::spawn_blocking(move || images.import_folder(&archives)).await {
+            tracing::warn!(%error, "the archives on this node are not shared");
+        }
+    }
+
+    /// A manifest or an index that another node may have, by tag or digest. Blocking.
+    pub fn shared_manifest(&self, registry: &str, repository: &str, reference: &str) -> Option<Vec<u8>> {
+        self.inner.images.shared_manifest(registry, repository, reference)
+    }
+
+    /// A blob that another node may have, and its size. Blocking.
+    pub fn shared_blob(&self, registry: &str, digest: &str) -> Option<(std::fs::File, u64)> {
+        self.inner.images.shared_blob(registry, digest)
+    }
+
     pub fn image_files(&self, image: &str) -> Option<ImageFiles> {
         self.inner.images.files(image)
     }

@@ -175,7 +175,7 @@ impl Runtime for Node {
     async fn image_fs_bytes(&self) -> Result<u64, RuntimeError> {
         let images: u64 = self.inner.images.list().iter().map(|i| i.unpacked_bytes).sum();
         let writable: u64 = self.container_stats().await?.iter().map(|s| s.writable_layer_bytes).sum();
-        Ok(images + writable)
+        Ok(images + self.inner.images.kept_bytes() + writable)
     }
 
     fn events(&self) -> mpsc::Receiver<PodEvent> {

@@ -31,7 +31,7 @@ impl Node {
         fs::DirBuilder::new().mode(0o711).create(&folder).map_err(making("folder"))?;
         fs::create_dir(folder.join("containers")).map_err(making("folder"))?;
         fs::create_dir_all(&config.log_directory).map_err(making("log folder"))?;
-        let (cgroups, shims) = (&self.inner.cgroups, "shims");
+        let (cgroups, shims) = (&self.inner.cgroups, "sampan-shims");
         cgroups.create(shims).map_err(making("cgroup"))?;
         cgroups.create(&config.cgroup_parent).map_err(making("cgroup"))?;
         cgroups.limit_pods(&config.cgroup_parent, &config.resources).map_err(making("cgroup"))?;

@@ -87,10 +87,19 @@ fn mount_overlay(spec: &ContainerSpec, folder: &Path, root: &Path) -> Result<()>
     // Names relative to the layers' folder, since all options must fit into one page.
     std::env::set_current_dir(&spec.layers_folder).map_err(|e| format!("layers: {e}"))?;
     let (upper, work) = (folder.join("upper"), folder.join("work"));
-    let options =
+    let mut options =
         format!("lowerdir={},upperdir={},workdir={}", spec.layers.join(":"), upper.display(), work.display());
+    if spec.plain_upper {
+        options.push_str(&plain_overlay_options());
+    }
     do_mount(Some(Path::new("overlay")), root, Some("overlay"), MsFlags::empty(), Some(&options))?;
     std::env::set_current_dir("/").map_err(|e| e.to_string())
+}
+
+/// Turns off what would make files of the upper folder point into lower ones, where the kernel knows of it.
+pub fn plain_overlay_options() -> String {
+    let known = |name: &&str| Path::new("/sys/module/overlay/parameters").join(name).exists();
+    ["redirect_dir", "metacopy"].iter().filter(|n| known(n)).map(|n| format!(",{n}=off")).collect()
 }
 
 struct Root {
