@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 export RUST_BACKTRACE ?= 0
 
-.PHONY: demo test lint bench fuzz release prepare
+.PHONY: demo test test-vm lint bench fuzz release prepare
 
 prepare:
 	@./.ci/prepare
@@ -16,6 +16,15 @@ demo: prepare
 test: prepare
 	$(CARGO) build
 	$(CARGO) test --workspace
+
+# Clusters of virtual machines (qemu's emulation, no KVM): stock Debian with systemd, amd64 and arm64. Some 20 minutes.
+test-vm:
+	@./.ci/prepare release
+	@./.ci/prepare vm
+	$(CARGO) xtask release --only amd64
+	$(CARGO) xtask release --only arm64
+	SAMPAN_BIN="$$($(CARGO) metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/dist/sampan-amd64" \
+	  $(CARGO) test -p sampan-tests --test vm -- --ignored
 
 lint: prepare
 	$(CARGO) xtask tidy
@@ -37,5 +46,5 @@ fuzz:
 	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo "make fuzz needs cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
 	cd fuzz && for target in $$($(CARGO) fuzz list); do \
 	  echo "== $$target"; \
-	  $(CARGO) fuzz run -s none "$$target" -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -verbosity=0 || exit 1; \
+	  $(CARGO) fuzz run -s none --features libfuzzer "$$target" -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -verbosity=0 || exit 1; \
 	done
