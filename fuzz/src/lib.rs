@@ -103,7 +103,7 @@ pub fn apply(data: &[u8]) {
     let (Ok(live), Ok(config)) = (decode::json(live, Some(ty)), decode::json(config, Some(ty))) else {
         return;
     };
-    let reset = server_side::FieldSet::of_paths(["status"]);
+    let reset = server_side::Reset::fields(["status"]);
     let writer = server_side::Writer {
         manager: "fuzz",
         subresource: "",
@@ -168,11 +168,120 @@ pub fn tokens(data: &[u8]) {
     if let Ok(token) = sampan_pki::JoinToken::parse(text) {
         let shown = token.to_string();
         assert_eq!(sampan_pki::JoinToken::parse(&shown).map(|t| t.to_string()).ok(), Some(shown));
-        let _ = token.trusts(text);
+        let _ = token.trusted(text);
     }
     let _ = sampan_pki::BootstrapToken::parse(text);
     let _ = sampan_pki::service_account_key::unverified_claims(text);
     let _ = sampan_pki::certificate::certificates(text);
+}
+
+/// A Dockerfile, ahead of a NUL build arguments.
+pub fn dockerfile(data: &[u8]) {
+    use sampan_build::dockerfile::{Dockerfile, Options, Source};
+    let (args, text) = match data.contains(&0) {
+        true => halves(data),
+        false => (&b""[..], data),
+    };
+    let file = match Dockerfile::parse("Dockerfile", text) {
+        Ok(file) => file,
+        Err(error) => return drop(error.to_string()),
+    };
+    let args = String::from_utf8_lossy(args);
+    let platform = |text: &str| sampan_image::platform::parse(text);
+    let (Some(platform), Some(build_platform)) = (platform("linux/arm/v7"), platform("linux/amd64")) else {
+        return;
+    };
+    let build_args = args.lines().filter_map(|line| line.split_once('='));
+    let build_args = build_args.map(|(key, value)| (key.to_string(), value.to_string())).collect();
+    let mut plan = match file.plan(&Options { build_args, target: None, platform, build_platform }) {
+        Ok(plan) => plan,
+        Err(error) => return drop(error.to_string()),
+    };
+    let triggers: Vec<String> = args.lines().filter(|line| !line.contains('=')).map(str::to_string).collect();
+    let _ = plan.onbuild(plan.target, &triggers);
+    let mut scopes: std::collections::BTreeMap<usize, _> = Default::default();
+    for index in &plan.order {
+        let stage = &plan.stages[*index];
+        assert!(stage.needs.iter().all(|need| need < index && plan.order.contains(need)));
+        let mut scope = match &stage.base {
+            Source::Stage(base) => scopes.get(base).cloned().unwrap_or_else(|| plan.scope(&[])),
+            _ => plan.scope(&["PATH=/bin".to_string()]),
+        };
+        for instruction in &stage.instructions {
+            match scope.evaluate(instruction) {
+                Ok(evaluated) => drop(plan.error(&evaluated, "x").to_string()),
+                Err(error) => return drop(error.to_string()),
+            }
+        }
+        let _ = (scope.build_args(), scope.proxy_env(), scope.take_warnings());
+        scopes.insert(*index, scope);
+    }
+}
+
+/// .dockerignore, behind a NUL a path.
+pub fn dockerignore(data: &[u8]) {
+    let (patterns, path) = halves(data);
+    let (patterns, path) = (String::from_utf8_lossy(patterns), String::from_utf8_lossy(path));
+    let Ok(ignore) = sampan_build::dockerignore::parse(&patterns) else { return };
+    // where a file is wanted, its folders are walked
+    if !ignore.excluded(&path) && !path.contains("..") {
+        let folders = path.match_indices('/').map(|(at, _)| &path[..at]);
+        folders.for_each(|folder| assert!(ignore.descend(folder), "{folder:?} of {path:?}"));
+    }
+}
+
+/// known_hosts.
+pub fn known_hosts(data: &[u8]) {
+    use sampan_fleet::known_hosts::{KnownHosts, Verdict};
+    let Ok(file) = tempfile::NamedTempFile::new() else { return };
+    if std::fs::write(file.path(), data).is_err() {
+        return;
+    }
+    let path = file.path().to_path_buf();
+    let Ok(known) = KnownHosts::load(std::slice::from_ref(&path)) else { return };
+    for (host, port) in [("example.com", 22), ("192.0.2.1", 2222)] {
+        let _ = known.kinds(host, port);
+        let before = known.check(host, port, "ssh-ed25519", "AAAA");
+        // a host that nothing is known of is known once it is remembered
+        if before == (Verdict::Unknown { others: false })
+            && sampan_fleet::known_hosts::remember(&path, host, port, "ssh-ed25519", "AAAA").is_ok()
+        {
+            let again = KnownHosts::load(std::slice::from_ref(&path))
+                .map(|k| k.check(host, port, "ssh-ed25519", "AAAA"));
+            assert_eq!(again.ok(), Some(Verdict::Known));
+        }
+    }
+}
+
+/// The list of hosts that `plan` and `apply` take, and command lines in it.
+pub fn hosts(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(words) = sampan_fleet::words::split(text) {
+        assert_eq!(sampan_fleet::words::split(&sampan_fleet::words::quote_all(&words)), Ok(words));
+    }
+    if let Ok(plan) = sampan_fleet::Plan::parse("hosts", text) {
+        let (servers, agents) = plan.roles(1);
+        assert_eq!(servers.len() + agents.len(), plan.hosts.len());
+    }
+}
+
+/// A layer, whose programs are looked at.
+pub fn image_program(data: &[u8]) {
+    let run = sampan_image::manifest::RunConfig { cmd: Some(vec!["app".to_string()]), ..Default::default() };
+    let (top, below) = data.split_at(data.len() / 2);
+    let _ = sampan_manifests::inspect::program_in(&run, &[data]);
+    let _ = sampan_manifests::inspect::program_in(&run, &[top, below]);
+}
+
+/// Documents as `manifest inspect` lays them out.
+pub fn image_json(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Ok(value) = serde_json::from_str::<Value>(text) else { return };
+    for shown in
+        [sampan_manifests::json::indent(text, "\t"), sampan_manifests::json::marshal_indent(text, "  ")]
+    {
+        assert_eq!(serde_json::from_str::<Value>(&shown).ok().as_ref(), Some(&value));
+    }
 }
 
 #[cfg(test)]
@@ -191,6 +300,12 @@ mod tests {
         super::image_archive,
         super::registries,
         super::tokens,
+        super::dockerfile,
+        super::dockerignore,
+        super::known_hosts,
+        super::hosts,
+        super::image_program,
+        super::image_json,
     ];
     const SEEDS: &[&[u8]] = &[
         b"",
@@ -207,6 +322,11 @@ mod tests {
         b"mirrors:\n  docker.io:\n    endpoint: ['http://mirror:5000']\n    rewrite: {'^a': 'b'}\n",
         b"K100000000000000000000000000000000000000000000000000000000000000000::server:secret",
         b"abcdef.0123456789abcdef",
+        b"A=1\nRUN x\0ARG A\nFROM a$A AS b\nRUN --mount=type=cache,target=/c <<E\n$A\nE\nFROM b\nCOPY --from=0 ${A%1*} /x\nENV C=${A//1/$A} D='e'\n",
+        b"# escape=`\nFROM a\nONBUILD COPY <<\"x\" /y\nz\nx\nHEALTHCHECK --timeout=1m CMD [\"x\"]\nEXPOSE 1-3/udp `\n 9\n",
+        b"**/a*\n!b/[^c-e]?\n#x\n/d\n\0b/fg/h",
+        b"|1|AAAA|AAAA ssh-ed25519 AAAA\n@revoked *.example.com,!a ssh-rsa BBBB\n",
+        b"- {ip: 192.0.2.1, role: server, extra-args: \"--x 'a b'\"}\n- hostname: b\n",
     ];
 
     #[test]

@@ -1,0 +1,3 @@
+//! See `sampan_fuzz::image_program`.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| sampan_fuzz::image_program(data));
