@@ -149,12 +149,11 @@ impl Builder<'_> {
         }
     }
 
-    fn warn_about(&self, plan: &Plan, warning: &dockerfile::Warning) {
+    fn warn_about(&self, warning: &dockerfile::Warning) {
         let place = match warning.at {
             Some(at) => format!("{}:{at}: ", self.options.dockerfile_name),
             None => String::new(),
         };
-        let _ = plan;
         self.warn_once(&format!("{place}{}", warning.message));
     }
 
@@ -162,11 +161,8 @@ impl Builder<'_> {
         let mut work = Work { plan, platform, stages: HashMap::new() };
         self.prepare_bases(&mut work)?;
         check_platforms(&work.plan)?;
-        for warning in work.plan.warnings.clone() {
-            self.warn_about(&work.plan, &warning);
-        }
-        for unused in work.plan.unused_build_args() {
-            self.warn_once(&format!("--build-arg {unused}: no ARG takes it"));
+        for warning in &work.plan.warnings {
+            self.warn_about(warning);
         }
         for index in work.plan.order.clone() {
             let stage = self.stage(&mut work, index)?;
@@ -249,7 +245,7 @@ impl Builder<'_> {
             let shown = format!("[{shown_platform} {} {number}/{total}]", planned.name);
             let expanded = stage.scope.evaluate(instruction)?;
             for warning in stage.scope.take_warnings() {
-                self.warn_about(&work.plan, &warning);
+                self.warn_about(&warning);
             }
             self.instruction(work, &mut stage, &expanded, &shown)?;
             if stage.layers.len() > sampan_image::manifest::LAYERS_MAX {
