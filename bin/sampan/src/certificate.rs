@@ -17,7 +17,6 @@ use sampan_world::clock;
 pub mod agent;
 mod check;
 pub mod files;
-mod folder_changes;
 pub mod node_events;
 pub mod server;
 

@@ -8,6 +8,7 @@ mod agent_client;
 mod certificate;
 mod config_file;
 mod fleet;
+mod folder_changes;
 mod image;
 mod join;
 mod kubelet_args;

@@ -13,9 +13,9 @@ use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams};
 use kube::core::GroupVersionKind;
 use kube::discovery::{ApiResource, Scope};
 use kube::{Api, Client, ResourceExt};
-use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use serde::{Deserialize, Serialize};
-use tokio::sync::Notify;
+
+use crate::folder_changes::{ARRIVALS, FolderChanges, REMOVALS};
 
 const MANAGER: &str = "sampan-manifests";
 const NAMESPACE: &str = "kube-system";
@@ -35,31 +35,16 @@ struct Applied {
 /// Follows the folder for as long as the process lives.
 pub fn start(client: Client, folder: PathBuf) -> Result<()> {
     std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-    let changed = changes(&folder).with_context(|| format!("watching {}", folder.display()))?;
+    let changes = FolderChanges::of(&[&folder], ARRIVALS | REMOVALS);
+    let changes = Arc::new(changes.with_context(|| format!("watching {}", folder.display()))?);
     sampan_telemetry::supervise("manifests", move || {
-        let (client, folder, changed) = (client.clone(), folder.clone(), changed.clone());
-        async move { follow(&client, &folder, &changed).await }
+        let (client, folder, changes) = (client.clone(), folder.clone(), changes.clone());
+        async move { follow(&client, &folder, &changes).await }
     });
     Ok(())
 }
 
-/// Notified on every change in the folder, by a thread that sleeps in the kernel until then.
-pub fn changes(folder: &Path) -> Result<Arc<Notify>> {
-    let inotify = inotify::init(CreateFlags::CLOEXEC)?;
-    let what = WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO | WatchFlags::MOVED_FROM | WatchFlags::DELETE;
-    inotify::add_watch(&inotify, folder, what)?;
-    let changed = Arc::new(Notify::new());
-    let told = changed.clone();
-    std::thread::Builder::new().name("manifests".to_string()).stack_size(64 * 1024).spawn(move || {
-        let mut buffer = [0_u8; 4096];
-        while rustix::io::read(&inotify, &mut buffer).is_ok_and(|n| n > 0) {
-            told.notify_one();
-        }
-    })?;
-    Ok(changed)
-}
-
-async fn follow(client: &Client, folder: &Path, changed: &Notify) {
+async fn follow(client: &Client, folder: &Path, changes: &FolderChanges) {
     loop {
         let done = match reconcile(client, folder).await {
             Ok(failed) => !failed,
@@ -68,12 +53,10 @@ async fn follow(client: &Client, folder: &Path, changed: &Notify) {
                 false
             }
         };
-        match done {
-            true => changed.notified().await,
-            false => {
-                let _ = tokio::time::timeout(RETRY, changed.notified()).await;
-            }
-        }
+        let _ = match done {
+            true => changes.next().await,
+            false => tokio::time::timeout(RETRY, changes.next()).await.unwrap_or(Ok(())),
+        };
         tokio::time::sleep(SETTLE).await;
     }
 }

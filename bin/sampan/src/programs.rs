@@ -18,6 +18,8 @@ use sampan_kinds::upgrade::Program;
 use sampan_kinds::upgrade::v1::plan::ARCHITECTURES;
 use tokio::sync::watch;
 
+use crate::folder_changes::{ARRIVALS, FolderChanges, REMOVALS};
+
 pub const PATH: &str = "/v1-sampan/programs";
 
 /// A bundle that is being copied changes many times.
@@ -72,11 +74,11 @@ impl Programs {
     }
 
     async fn follow(self: Arc<Self>) {
-        let changed = match crate::manifests::changes(&self.folder) {
-            Ok(changed) => changed,
+        let changes = match FolderChanges::of(&[&self.folder], ARRIVALS | REMOVALS) {
+            Ok(changes) => Some(changes),
             Err(error) => {
-                tracing::warn!(folder = %self.folder.display(), "programs are read only once: {error:#}");
-                Arc::default()
+                tracing::warn!(folder = %self.folder.display(), "programs are read only once: {error}");
+                None
             }
         };
         loop {
@@ -84,7 +86,10 @@ impl Programs {
             if let Ok(list) = tokio::task::spawn_blocking(move || this.read()).await {
                 self.found.send_replace(Some(Arc::new(list)));
             }
-            changed.notified().await;
+            match &changes {
+                Some(changes) => drop(changes.next().await),
+                None => std::future::pending().await,
+            }
             // what is being written has neither its digest nor the one before
             self.found.send_replace(None);
             tokio::time::sleep(SETTLE).await;

@@ -18,10 +18,10 @@ use sampan_world::clock;
 use tokio::sync::Notify;
 
 use super::files::{self, Kept};
-use super::folder_changes::FolderChanges;
 use super::node_events::NodeEvents;
 use super::server::{LONGEST, SHORTEST, until};
 use crate::agent_client::Transport;
+use crate::folder_changes::{ARRIVALS, FolderChanges};
 use crate::join::{self, Membership};
 
 const FIRST_DELAY: Duration = Duration::from_secs(5);
@@ -71,7 +71,7 @@ impl AgentCertificate {
 
     /// Keeps the certificate good for as long as the process lives.
     pub fn keep(self: &Arc<Self>, transport: Arc<Transport>) -> Result<()> {
-        let changes = FolderChanges::of(&[&self.folder]);
+        let changes = FolderChanges::of(&[&self.folder], ARRIVALS);
         let changes = changes.with_context(|| format!("watching {}", self.folder.display()))?;
         let client = transport.client()?;
         let events = NodeEvents::new(client.clone(), &self.membership.node_name);

@@ -21,8 +21,8 @@ use sampan_world::clock;
 use tokio::sync::{Notify, watch};
 
 use super::files::{self, Kept};
-use super::folder_changes::FolderChanges;
 use super::node_events::NodeEvents;
+use crate::folder_changes::{ARRIVALS, FolderChanges};
 use crate::tunnel_endpoint::JOINERS;
 
 /// The longest time between two passes.
@@ -205,7 +205,7 @@ impl ServerCertificates {
         authenticator: Arc<Authenticator>,
         events: Option<NodeEvents>,
     ) -> Result<()> {
-        let changes = FolderChanges::of(&[&self.tls, &self.settings.folder]);
+        let changes = FolderChanges::of(&[&self.tls, &self.settings.folder], ARRIVALS);
         let changes = changes.with_context(|| format!("watching {}", self.tls.display()))?;
         let shared = Arc::new((self.clone(), authenticator, events, changes));
         sampan_telemetry::supervise("certificates", move || {
