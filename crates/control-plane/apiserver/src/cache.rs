@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
-use sampan_store::{Event, Range, Store};
+use sampan_store::{Batch, Event, Range, Store};
 use tokio::sync::watch;
 
 pub use object::{Change, ChangeType, EncodingKey, Object, Predicate};
@@ -256,9 +256,9 @@ impl Caches {
         }
     }
 
-    /// Waits until the caches have seen all that was acknowledged before this call.
+    /// Waits until the caches have seen all that was acknowledged before this call, by whichever server.
     pub async fn catch_up(&self) -> Result<()> {
-        let revision = self.store.revision();
+        let revision = self.store.latest().await.map_err(store_failed)?;
         if self.progress() >= revision {
             return Ok(());
         }
@@ -286,16 +286,15 @@ impl Caches {
         cache.range(prefix, from, progress)
     }
 
-    fn give(&self, events: Vec<Event>) {
-        let Some(last) = events.last().map(|event| event.revision) else { return };
+    fn give(&self, batch: Batch) {
         let fed = self.fed.read();
-        for event in events {
+        for event in batch.events {
             if let Some(cache) = fed.get(resource_prefix(&event.key)) {
                 cache.apply(event);
             }
         }
         drop(fed);
-        self.progress.send_replace(last);
+        self.progress.send_replace(batch.through);
     }
 
     /// Forgets every cache: after a gap in the store's events nothing cached can be trusted.
@@ -319,10 +318,9 @@ async fn pump(caches: std::sync::Weak<Caches>, store: Store, mut revision: u64) 
     loop {
         if let Ok(mut events) = store.watch("", revision) {
             loop {
-                match events.next().await {
+                match events.next_batch().await {
                     Ok(batch) => {
                         let Some(caches) = caches.upgrade() else { return };
-                        revision = batch.last().map_or(revision, |event| event.revision);
                         caches.give(batch);
                     }
                     Err(error) => {
@@ -354,7 +352,9 @@ pub fn store_failed(error: sampan_store::StoreError) -> Status {
             Status::too_large(format_args!("the object has {size_bytes} bytes, the limit is {limit_bytes}"))
         }
         StoreError::Full { .. } => Status::new(507, "InsufficientStorage", error.to_string()),
-        StoreError::Busy { .. } | StoreError::Closed => Status::unavailable(error.to_string()),
+        StoreError::Busy { .. } | StoreError::Unreachable { .. } | StoreError::Closed => {
+            Status::unavailable(error.to_string())
+        }
         _ => Status::internal(error),
     }
 }
@@ -362,6 +362,18 @@ pub fn store_failed(error: sampan_store::StoreError) -> Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn caches_catch_up_with_what_is_no_object() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(sampan_store::Options::new(folder.path().join("state.db"))).unwrap();
+        let caches = Caches::start(store.clone()).await.unwrap();
+        let object = store.write(sampan_store::Write::create("/registry/core/pods/a/b", "{}")).await.unwrap();
+        let plain = store.write(sampan_store::Write::create("/sampan/counter", "1")).await.unwrap();
+        assert!(object < plain);
+        tokio::time::timeout(Duration::from_secs(5), caches.catch_up()).await.unwrap().unwrap();
+        assert_eq!(caches.progress(), plain);
+    }
 
     #[test]
     fn a_keys_resource() {

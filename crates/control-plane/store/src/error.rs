@@ -1,4 +1,4 @@
-//! What can go wrong in the store, and how SQLite's codes become it.
+//! What can go wrong in the store, and how SQLite's codes become it. (etcd's words become it in `etcd.rs`.)
 //!
 //! Upstream counterpart: the errors of etcd's client (`ErrCompacted`, `ErrFutureRev`, `ErrNoSpace`).
 //! What stays true: after any of these but [`StoreError::Closed`] and [`StoreError::Corrupt`] the store
@@ -39,6 +39,24 @@ pub enum StoreError {
     /// The disk failed.
     #[error("the store {path} cannot be read or written: {detail}")]
     Io { path: String, detail: String },
+    /// An endpoint, or a file for speaking with it, that cannot be what is meant.
+    #[error("the datastore endpoint {endpoint} cannot be used: {detail}")]
+    Endpoint { endpoint: String, detail: String },
+    /// No member of etcd could be spoken to. Nothing was changed.
+    #[error(
+        "etcd at {endpoints} cannot be reached: {detail}; check that it runs, and that the datastore endpoints (with \
+         http or https) and certificates are right"
+    )]
+    Unreachable { endpoints: String, detail: String },
+    /// etcd got the request and gave no answer: a write may have happened or not.
+    #[error("etcd at {endpoints} did not answer: {detail}")]
+    Unanswered { endpoints: String, detail: String },
+    /// etcd does not take the request: who asks may not, or must say who they are.
+    #[error(
+        "etcd at {endpoints} refuses: {detail}; where it knows users, give a client certificate of one that may read, \
+         write and watch all keys"
+    )]
+    Refused { endpoints: String, detail: String },
     /// A read found no quiet moment; try again.
     #[error("the store {path} is busy")]
     Busy { path: String },
@@ -47,7 +65,8 @@ pub enum StoreError {
     Closed,
 }
 
-/// A failed write. Nothing of it is visible; after [`StoreError::Io`] or a crash its outcome is unknown.
+/// A failed write. Nothing of it is visible; after [`StoreError::Io`], [`StoreError::Unanswered`] or a crash its
+/// outcome is unknown, and so it is after etcd's [`StoreError::Full`]: the write that fills it up is still done.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum WriteError {
     /// `key` is not as its guard expects; `current` is what it is.

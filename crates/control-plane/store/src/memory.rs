@@ -2,10 +2,11 @@
 //!
 //! Upstream counterpart: etcd's `watchableStore` (synced and unsynced watchers) and its `treeIndex`.
 //!
-//! What stays true: everything is changed under one lock, by the sequencer, a whole batch at a time, so a
-//! reader sees all of a transaction or nothing. `ring` holds every change of every key after `floor`. A
-//! watcher costs no queue: it remembers where its next change may be, and reads the ring (or, where the ring
-//! has moved on, the file), so a slow one cannot hold up anyone else.
+//! What stays true: everything is changed under one lock, by one hand (the file's sequencer, or the one watch of
+//! etcd), a whole batch at a time, so a reader sees all of a transaction or nothing. `ring` holds every change of
+//! every key after `floor`. A watcher costs no queue: it remembers where its next change may be, and reads the ring
+//! (or, where the ring has moved on, the file), so a slow one cannot hold up anyone else. Plain keys are seen only
+//! by who asks for them.
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
@@ -16,6 +17,13 @@ use crate::entry::{Entry, Event, Span};
 
 /// What a change costs in memory besides its bytes.
 const EVENT_OVERHEAD_BYTES: usize = 256;
+/// Keys that are no objects: bootstrap data, counters.
+pub(crate) const PLAIN_PREFIX: &str = "/sampan/";
+
+/// Whether who watches `prefix` sees `key`.
+pub(crate) fn sees(prefix: &str, key: &str) -> bool {
+    key.starts_with(prefix) && (prefix.starts_with(PLAIN_PREFIX) || !key.starts_with(PLAIN_PREFIX))
+}
 
 pub(crate) struct Dirty {
     pub(crate) revision: u64,
@@ -32,6 +40,10 @@ pub(crate) struct Watcher {
     pub(crate) delivered: u64,
     /// The consumer is dealing with the last batch.
     pub(crate) busy: bool,
+    /// The consumer waits, also for revisions that bring it nothing.
+    pub(crate) counts: bool,
+    /// There is a gap in what came after the last batch.
+    pub(crate) lost: bool,
     pub(crate) wake: Arc<Notify>,
     pub(crate) idle: Arc<Notify>,
 }
@@ -136,9 +148,7 @@ impl Memory {
                 self.dirty.insert(event.key.clone(), dirty);
             }
             for watcher in self.watchers.values_mut() {
-                if watcher.pending == 0
-                    && event.revision > watcher.from
-                    && event.key.starts_with(&*watcher.prefix)
+                if watcher.pending == 0 && event.revision > watcher.from && sees(&watcher.prefix, &event.key)
                 {
                     watcher.pending = event.revision;
                     wake.push(watcher.wake.clone());
@@ -149,6 +159,7 @@ impl Memory {
             self.index.entry(event.key.clone()).or_default().push_back(event.revision);
             self.ring.push_back(event);
         }
+        wake.extend(self.counting());
         while self.ring_bytes > self.ring_limit_bytes {
             let Some(oldest) = self.ring.pop_front() else { break };
             self.floor = oldest.revision;
@@ -161,6 +172,44 @@ impl Memory {
             }
         }
         wake
+    }
+
+    /// Who waits for revisions and has no change to be woken for.
+    fn counting(&self) -> impl Iterator<Item = Arc<Notify>> {
+        self.watchers.values().filter(|w| w.counts && w.pending == 0).map(|w| w.wake.clone())
+    }
+
+    /// Everything up to `revision` is published: what came last was nothing that is kept here.
+    pub(crate) fn advance(&mut self, revision: u64) -> Vec<Arc<Notify>> {
+        if revision <= self.published {
+            return Vec::new();
+        }
+        self.published = revision;
+        self.counting().collect()
+    }
+
+    /// Begins anew at `revision` (which may be lower than before): what happened up to it is not known, so every
+    /// watch ends.
+    pub(crate) fn gap(&mut self, revision: u64) -> Vec<Arc<Notify>> {
+        self.ring.clear();
+        self.ring_bytes = 0;
+        self.index.clear();
+        (self.published, self.floor) = (revision, revision);
+        self.compacted = self.compacted.min(revision);
+        for watcher in self.watchers.values_mut() {
+            watcher.lost = true;
+            watcher.idle.notify_waiters();
+        }
+        self.watchers.values().map(|w| w.wake.clone()).collect()
+    }
+
+    /// No more changes will come.
+    pub(crate) fn close(&mut self) {
+        self.closed = true;
+        for watcher in self.watchers.values() {
+            watcher.wake.notify_one();
+            watcher.idle.notify_waiters();
+        }
     }
 
     /// The disk has `key` as it was at `revision`.
@@ -191,6 +240,8 @@ impl Memory {
             pending,
             delivered: from,
             busy: false,
+            counts: false,
+            lost: false,
             wake: Arc::default(),
             idle: Arc::default(),
         };
@@ -201,20 +252,23 @@ impl Memory {
     /// The first change after `from` under `prefix` in the ring; 0 when there is none.
     pub(crate) fn first_match(&self, prefix: &str, from: u64) -> u64 {
         let start = self.ring.partition_point(|e| e.revision <= from);
-        self.ring.range(start..).find(|e| e.key.starts_with(prefix)).map_or(0, |e| e.revision)
+        self.ring.range(start..).find(|e| sees(prefix, &e.key)).map_or(0, |e| e.revision)
     }
 
-    /// Changes under `prefix` from revision `start` on: at most `limit` of them or about `limit_bytes`.
+    /// Changes under `prefix` from revision `start` on: about `limit` of them or `limit_bytes`, each revision whole.
     pub(crate) fn recent(&self, prefix: &str, start: u64, limit: usize, limit_bytes: usize) -> Vec<Event> {
         let mut bytes = 0;
         let first = self.ring.partition_point(|e| e.revision < start);
-        let matching = self.ring.range(first..).filter(|e| e.key.starts_with(prefix));
-        let fitting = matching.take_while(|e| {
-            let fits = bytes < limit_bytes;
-            bytes += cost(e);
-            fits
-        });
-        fitting.take(limit).cloned().collect()
+        let mut taken: Vec<Event> = Vec::new();
+        for event in self.ring.range(first..).filter(|e| sees(prefix, &e.key)) {
+            let whole = taken.last().is_none_or(|last| last.revision != event.revision);
+            if whole && (taken.len() >= limit || bytes >= limit_bytes) {
+                break;
+            }
+            bytes += cost(event);
+            taken.push(event.clone());
+        }
+        taken
     }
 }
 

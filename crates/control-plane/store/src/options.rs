@@ -1,4 +1,4 @@
-//! How a store is opened.
+//! How the store in a file is opened.
 use std::path::PathBuf;
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! The contract of the store, table by table.
+//! The store in a file, table by table. What it has in common with etcd is in `tests/contract.rs`.
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -62,70 +62,43 @@ async fn take(watch: &mut Watch, n: usize) -> Vec<Event> {
 }
 
 #[tokio::test]
-async fn guards_and_revisions() {
-    for deferred in [false, true] {
-        let bench = Bench::new();
-        let store = bench.open();
-        let key = if deferred { "/lease/a" } else { "/pod/a" };
-        let class = if deferred { Class::Deferred } else { Class::Durable };
-        let write = |expect, value: Option<&'static str>| {
-            store.write(Write { key: key.into(), expect, value: value.map(Bytes::from), class })
-        };
-        assert_eq!(store.revision(), 1);
-        assert_eq!(write(Expect::Absent, Some("1")).await.unwrap(), 2);
-        let conflict = write(Expect::Absent, Some("x")).await.unwrap_err();
-        assert!(
-            matches!(&conflict, WriteError::Conflict { current: Some(e), .. } if text(e) == format!("{key}=1")),
-            "{conflict}"
-        );
-        assert!(matches!(write(Expect::Revision(1), Some("x")).await, Err(WriteError::Conflict { .. })));
-        assert_eq!(write(Expect::Revision(2), Some("2")).await.unwrap(), 3);
-        let (entry, revision) = store.get(key, None).await.unwrap();
-        let entry = entry.unwrap();
-        assert_eq!((entry.create_revision, entry.mod_revision, revision), (2, 3, 3));
-        assert!(matches!(write(Expect::Revision(2), None).await, Err(WriteError::Conflict { .. })));
-        assert_eq!(write(Expect::Revision(3), None).await.unwrap(), 4);
-        assert!(store.get(key, None).await.unwrap().0.is_none());
-        assert!(matches!(
-            write(Expect::Revision(3), None).await,
-            Err(WriteError::Conflict { current: None, .. })
-        ));
-        assert_eq!(write(Expect::Any, None).await.unwrap(), 4, "deleting nothing takes no revision");
-        assert_eq!(write(Expect::Any, Some("3")).await.unwrap(), 5);
-        for (at, want) in [(1, None), (2, Some("1")), (3, Some("2")), (4, None), (5, Some("3"))] {
-            let (entry, revision) = store.get(key, Some(at)).await.unwrap();
-            assert_eq!(entry.map(|e| e.value), want.map(Bytes::from), "at {at}");
-            assert_eq!(revision, at);
-            let page = store.range(Range::prefix("/").at(at)).await.unwrap();
-            assert_eq!(page.entries.first().map(|e| e.value.clone()), want.map(Bytes::from), "at {at}");
-        }
-        assert!(matches!(store.get(key, Some(6)).await, Err(StoreError::FutureRevision { .. })));
-        assert!(matches!(
-            store.range(Range::prefix("/").at(6)).await,
-            Err(StoreError::FutureRevision { .. })
-        ));
-    }
-}
-
-#[tokio::test]
-async fn transactions_are_whole() {
+async fn deferred_writes_are_guarded() {
     let bench = Bench::new();
     let store = bench.open();
-    store.write(Write::create("/a", "1")).await.unwrap();
-    let guard = |expect| vec![Guard { key: "/a".into(), expect }];
-    let writes = || vec![Write::create("/b", "1"), Write::put("/lease/c", "1").deferred()];
-    let failed = store.write_many(guard(Expect::Absent), writes()).await.unwrap_err();
-    assert!(matches!(failed, WriteError::Conflict { key, .. } if key == "/a"));
-    assert_eq!(list(&store, Range::prefix("")).await, "/a=1");
-    let revisions = store.write_many(guard(Expect::Revision(2)), writes()).await.unwrap();
-    assert_eq!(revisions, [3, 4]);
-    let failed = store.write_many(vec![], vec![Write::put("/d", "1"), Write::create("/b", "2")]).await;
-    assert!(matches!(failed, Err(WriteError::Conflict { key, .. }) if key == "/b"));
-    assert_eq!(list(&store, Range::prefix("")).await, "/a=1 /b=1 /lease/c=1");
-    let twice = store.write_many(vec![], vec![Write::put("/d", "1"), Write::put("/d", "2")]).await;
-    assert!(matches!(twice, Err(WriteError::Store(StoreError::Invalid { .. }))));
-    let big = store.write(Write::put("/big", vec![0; 2 << 20])).await.unwrap_err();
-    assert!(matches!(big, WriteError::Store(StoreError::TooLarge { key, .. }) if key == "/big"));
+    let (key, class) = ("/lease/a", Class::Deferred);
+    let write = |expect, value: Option<&'static str>| {
+        store.write(Write { key: key.into(), expect, value: value.map(Bytes::from), class })
+    };
+    assert_eq!(store.revision(), 1);
+    assert_eq!(write(Expect::Absent, Some("1")).await.unwrap(), 2);
+    let conflict = write(Expect::Absent, Some("x")).await.unwrap_err();
+    assert!(
+        matches!(&conflict, WriteError::Conflict { current: Some(e), .. } if text(e) == format!("{key}=1")),
+        "{conflict}"
+    );
+    assert!(matches!(write(Expect::Revision(1), Some("x")).await, Err(WriteError::Conflict { .. })));
+    assert_eq!(write(Expect::Revision(2), Some("2")).await.unwrap(), 3);
+    let (entry, revision) = store.get(key, None).await.unwrap();
+    let entry = entry.unwrap();
+    assert_eq!((entry.create_revision, entry.mod_revision, revision), (2, 3, 3));
+    assert!(matches!(write(Expect::Revision(2), None).await, Err(WriteError::Conflict { .. })));
+    assert_eq!(write(Expect::Revision(3), None).await.unwrap(), 4);
+    assert!(store.get(key, None).await.unwrap().0.is_none());
+    assert!(matches!(
+        write(Expect::Revision(3), None).await,
+        Err(WriteError::Conflict { current: None, .. })
+    ));
+    assert_eq!(write(Expect::Any, None).await.unwrap(), 4, "deleting nothing takes no revision");
+    assert_eq!(write(Expect::Any, Some("3")).await.unwrap(), 5);
+    for (at, want) in [(1, None), (2, Some("1")), (3, Some("2")), (4, None), (5, Some("3"))] {
+        let (entry, revision) = store.get(key, Some(at)).await.unwrap();
+        assert_eq!(entry.map(|e| e.value), want.map(Bytes::from), "at {at}");
+        assert_eq!(revision, at);
+        let page = store.range(Range::prefix("/").at(at)).await.unwrap();
+        assert_eq!(page.entries.first().map(|e| e.value.clone()), want.map(Bytes::from), "at {at}");
+    }
+    assert!(matches!(store.get(key, Some(6)).await, Err(StoreError::FutureRevision { .. })));
+    assert!(matches!(store.range(Range::prefix("/").at(6)).await, Err(StoreError::FutureRevision { .. })));
 }
 
 #[tokio::test]
@@ -195,30 +168,6 @@ async fn watches_from_past_now_and_future() {
 }
 
 #[tokio::test]
-async fn progress_follows_the_consumer() {
-    let bench = Bench::new();
-    let store = bench.open();
-    let mut watch = store.watch("/p/", 1).unwrap();
-    let progress = watch.progress();
-    store.write(Write::create("/other", "1")).await.unwrap();
-    assert_eq!(progress.delivered(), Some(2), "nothing of it was missed");
-    store.write(Write::create("/p/a", "1")).await.unwrap();
-    assert!(progress.delivered() < Some(3));
-    take(&mut watch, 1).await;
-    assert!(progress.delivered() < Some(3), "handed out, not dealt with");
-    let reader = tokio::spawn({
-        let progress = progress.clone();
-        async move { progress.reached(3).await }
-    });
-    tokio::task::yield_now().await;
-    assert!(tokio::time::timeout(Duration::from_millis(20), watch.next()).await.is_err());
-    reader.await.unwrap().unwrap();
-    assert_eq!(progress.delivered(), Some(3));
-    drop(watch);
-    assert_eq!(progress.delivered(), None);
-}
-
-#[tokio::test]
 async fn slow_watches_hold_nobody_up() {
     let mut bench = Bench::new();
     bench.options.history_bytes = 4096;
@@ -237,33 +186,6 @@ async fn slow_watches_hold_nobody_up() {
     let mut quiet = quiet;
     store.write(Write::put("/event/a", "1").deferred()).await.unwrap();
     assert_eq!(events(&take(&mut quiet, 1).await), "Put /event/a=1 []");
-}
-
-#[tokio::test]
-async fn compaction_keeps_the_present() {
-    let bench = Bench::new();
-    let store = bench.open();
-    for n in 0..10 {
-        store.write(Write::put("/p/a", format!("{n}"))).await.unwrap();
-    }
-    store.write(Write::create("/p/b", "1")).await.unwrap();
-    store.write(Write::delete("/p/b", Expect::Any)).await.unwrap();
-    store.write(Write::create("/p/c", "1")).await.unwrap();
-    assert!(matches!(store.compact(99).await, Err(StoreError::FutureRevision { .. })));
-    store.compact(13).await.unwrap();
-    for at in [2, 12] {
-        let got = store.get("/p/a", Some(at)).await;
-        assert!(matches!(got, Err(StoreError::Compacted { compacted: 13 })), "{at}");
-        assert!(store.watch("/p/", at).is_err());
-        assert!(matches!(store.range(Range::prefix("/p/").at(at)).await, Err(StoreError::Compacted { .. })));
-    }
-    assert_eq!(list(&store, Range::prefix("/p/").at(13)).await, "/p/a=9");
-    assert_eq!(list(&store, Range::prefix("/p/")).await, "/p/a=9 /p/c=1");
-    assert_eq!(events(&take(&mut store.watch("/p/", 13).unwrap(), 1).await), "Put /p/c=1 []");
-    drop(store);
-    let store = bench.open();
-    assert_eq!(store.compacted(), 13);
-    assert_eq!(list(&store, Range::prefix("/p/")).await, "/p/a=9 /p/c=1");
 }
 
 #[tokio::test]

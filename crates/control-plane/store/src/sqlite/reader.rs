@@ -10,11 +10,10 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 
-use crate::Shared;
+use super::{Shared, file};
 use crate::entry::{Entry, Event, Page, Range, Span};
 use crate::error::{StoreError, sqlite};
-use crate::file;
-use crate::memory::{Known, Memory};
+use crate::memory::{self, Known, Memory};
 
 /// Connections, and so reads of the file at once.
 pub(crate) const READERS: usize = 2;
@@ -216,7 +215,7 @@ impl Shared {
     ) -> Result<(Vec<Event>, u64), StoreError> {
         let end = self.memory.lock().published;
         let span = Span::of(prefix, None);
-        let (events, more) =
+        let (mut events, more) =
             file::log_events(c, &span, (start, end), limit, limit_bytes).map_err(|e| self.error(e))?;
         let compacted = self.memory.lock().compacted;
         // Rows that were compacted away meanwhile would be missing from the middle.
@@ -224,6 +223,7 @@ impl Shared {
             return Err(StoreError::Compacted { compacted });
         }
         let through = if more { events.last().map_or(end, |e| e.revision) } else { end };
+        events.retain(|e| memory::sees(prefix, &e.key));
         Ok((events, through))
     }
 

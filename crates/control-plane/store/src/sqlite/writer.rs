@@ -17,10 +17,10 @@ use sampan_world::clock;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
 
-use crate::Shared;
+use super::Shared;
+use super::file::{self, Opened};
 use crate::entry::{Class, Entry, Event, EventKind, Guard, Write};
 use crate::error::{StoreError, WriteError, sqlite};
-use crate::file::{self, Opened};
 use crate::memory::Known;
 
 /// Revisions reserved on disk at a time: a crash may skip so many.
