@@ -29,6 +29,7 @@ pub struct Setup {
     pub server_args: Vec<String>,
     pub box_image: bool,
     pub registry: bool,
+    pub etcd: bool,
     pub wait_for_nodes: bool,
 }
 
@@ -120,7 +121,12 @@ impl Cluster {
             let _ = run(&mut lab(&sampan, &root, &name, "down"), b"", COMMAND_LIMIT);
             bail!("the lab did not start: {}{logs}", upped.text());
         }
-        match Self::connect(&sampan, &root, &name, folder) {
+        let in_hub = |command: &[&str]| {
+            run(lab(&sampan, &root, &name, "exec").args(["hub", "--"]).args(command), b"", COMMAND_LIMIT)
+        };
+        // the server waits for it
+        let etcd = if setup.etcd { crate::etcd::start(in_hub) } else { Ok(()) };
+        match etcd.and_then(|()| Self::connect(&sampan, &root, &name, folder)) {
             Ok(mut cluster) => {
                 if setup.registry {
                     cluster.registry = Some(Registry::start(cluster.hub_pid()?)?);

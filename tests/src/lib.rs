@@ -5,6 +5,7 @@
 //! They need root (namespaces, mounts, cgroups) and kubectl, and fail with a sentence where something is missing.
 pub mod boards;
 pub mod cluster;
+pub mod etcd;
 pub mod image;
 pub mod peer;
 pub mod process;

@@ -66,6 +66,13 @@ impl Suite {
         self
     }
 
+    /// An etcd in the lab's hub, which the server uses.
+    pub fn with_etcd(mut self) -> Self {
+        self.setup.etcd = true;
+        self.setup.wait_for_nodes = false;
+        self.server_arg(&format!("--datastore-endpoint={}", crate::etcd::ENDPOINT))
+    }
+
     pub fn together(mut self, cases: Vec<Case>) -> Self {
         self.together = cases;
         self

@@ -1,7 +1,8 @@
 //! Manifests dropped into <data>/server/manifests: applied, applied again when they change, pruned when they go.
 //!
 //! Upstream counterpart: K3s' deploy controller. What a file brought into being is remembered in a ConfigMap of
-//! kube-system, so that a restart neither applies unchanged files again nor forgets what to prune.
+//! kube-system, so that a restart neither applies unchanged files again nor forgets what to prune. Of several servers each
+//! follows its own folder, with a record of its own, as in K3s; what another's files say too is not pruned.
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams};
+use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use kube::core::GroupVersionKind;
 use kube::discovery::{ApiResource, Scope};
 use kube::{Api, Client, ResourceExt};
@@ -32,21 +33,23 @@ struct Applied {
     name: String,
 }
 
-/// Follows the folder for as long as the process lives.
-pub fn start(client: Client, folder: PathBuf) -> Result<()> {
+/// Follows the folder for as long as the process lives. `server` names this one where there may be others.
+pub fn start(client: Client, folder: PathBuf, server: Option<&str>) -> Result<()> {
+    let record = server.map_or_else(|| MANAGER.to_string(), |server| format!("{MANAGER}.{server}"));
     std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let changes = FolderChanges::of(&[&folder], ARRIVALS | REMOVALS);
     let changes = Arc::new(changes.with_context(|| format!("watching {}", folder.display()))?);
     sampan_telemetry::supervise("manifests", move || {
         let (client, folder, changes) = (client.clone(), folder.clone(), changes.clone());
-        async move { follow(&client, &folder, &changes).await }
+        let record = record.clone();
+        async move { follow(&client, &folder, &record, &changes).await }
     });
     Ok(())
 }
 
-async fn follow(client: &Client, folder: &Path, changes: &FolderChanges) {
+async fn follow(client: &Client, folder: &Path, record: &str, changes: &FolderChanges) {
     loop {
-        let done = match reconcile(client, folder).await {
+        let done = match reconcile(client, folder, record).await {
             Ok(failed) => !failed,
             Err(error) => {
                 tracing::warn!(folder = %folder.display(), "manifests: {error:#}");
@@ -62,9 +65,9 @@ async fn follow(client: &Client, folder: &Path, changes: &FolderChanges) {
 }
 
 /// Brings the cluster to what the folder says; true when something has to be tried again.
-async fn reconcile(client: &Client, folder: &Path) -> Result<bool> {
+async fn reconcile(client: &Client, folder: &Path, record_name: &str) -> Result<bool> {
     let records = Api::<ConfigMap>::namespaced(client.clone(), NAMESPACE);
-    let record = records.get_opt(MANAGER).await?.and_then(|r| r.data).unwrap_or_default();
+    let record = records.get_opt(record_name).await?.and_then(|r| r.data).unwrap_or_default();
     let mut next = BTreeMap::new();
     let mut failed = false;
     let files = manifests(folder)?;
@@ -79,7 +82,7 @@ async fn reconcile(client: &Client, folder: &Path) -> Result<bool> {
         match apply(client, text).await {
             Ok(objects) => {
                 let gone: Vec<Applied> = earlier.into_iter().filter(|o| !objects.contains(o)).collect();
-                failed |= prune(client, name, &gone).await;
+                failed |= prune_own(&records, record_name, name, &gone).await;
                 tracing::info!(manifest = name, objects = objects.len(), "manifest applied");
                 next.insert(name.clone(), serde_json::to_string(&Record { hash, objects })?);
             }
@@ -93,7 +96,7 @@ async fn reconcile(client: &Client, folder: &Path) -> Result<bool> {
     for (name, text) in &record {
         if !files.contains_key(name)
             && let Ok(gone) = serde_json::from_str::<Record>(text)
-            && prune(client, name, &gone.objects).await
+            && prune_own(&records, record_name, name, &gone.objects).await
         {
             failed = true;
             next.insert(name.clone(), text.clone());
@@ -101,10 +104,13 @@ async fn reconcile(client: &Client, folder: &Path) -> Result<bool> {
     }
     if next != record {
         let mut map = ConfigMap::default();
-        map.metadata.name = Some(MANAGER.to_string());
+        map.metadata.name = Some(record_name.to_string());
         map.data = Some(next);
         let params = PatchParams::apply(MANAGER).force();
-        records.patch(MANAGER, &params, &Patch::Apply(&map)).await.context("remembering what was applied")?;
+        records
+            .patch(record_name, &params, &Patch::Apply(&map))
+            .await
+            .context("remembering what was applied")?;
     }
     Ok(failed)
 }
@@ -184,6 +190,38 @@ async fn api_of(
     })
 }
 
+/// Deletes those objects that no other server's files say; true when something has to be tried again.
+async fn prune_own(records: &Api<ConfigMap>, own: &str, manifest: &str, objects: &[Applied]) -> bool {
+    if objects.is_empty() {
+        return false;
+    }
+    let client = records.clone().into_client();
+    if own == MANAGER {
+        return prune(&client, manifest, objects).await;
+    }
+    let all = match records.list(&ListParams::default()).await {
+        Ok(all) => all.items,
+        Err(error) => {
+            tracing::warn!(manifest, "not pruned: {error}");
+            return true;
+        }
+    };
+    let kept = said_by_others(&all, own);
+    let gone: Vec<Applied> = objects.iter().filter(|object| !kept.contains(object)).cloned().collect();
+    prune(&client, manifest, &gone).await
+}
+
+/// What other servers' records name.
+fn said_by_others(records: &[ConfigMap], own: &str) -> Vec<Applied> {
+    let is_other = |map: &&ConfigMap| {
+        let name = map.name_any();
+        name != own && name.strip_prefix(MANAGER).is_some_and(|rest| rest.starts_with('.'))
+    };
+    let texts =
+        records.iter().filter(is_other).flat_map(|map| map.data.iter().flat_map(|data| data.values()));
+    texts.filter_map(|text| serde_json::from_str::<Record>(text).ok()).flat_map(|r| r.objects).collect()
+}
+
 /// Deletes objects; true when one could not be deleted.
 async fn prune(client: &Client, manifest: &str, objects: &[Applied]) -> bool {
     let mut failed = false;
@@ -206,4 +244,35 @@ async fn prune(client: &Client, manifest: &str, objects: &[Applied]) -> bool {
         }
     }
     failed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_other_servers_say_stays() {
+        let record = |name: &str, object: &str| {
+            let objects = vec![Applied {
+                api_version: "v1".to_string(),
+                kind: "ConfigMap".to_string(),
+                namespace: "default".to_string(),
+                name: object.to_string(),
+            }];
+            let mut map = ConfigMap::default();
+            map.metadata.name = Some(name.to_string());
+            let text = serde_json::to_string(&Record { hash: "h".to_string(), objects }).unwrap();
+            map.data = Some([("a.yaml".to_string(), text)].into());
+            map
+        };
+        let all = [
+            record("sampan-manifests.one", "mine"),
+            record("sampan-manifests.two", "theirs"),
+            record("sampan-manifestsnot", "x"),
+            record("other", "y"),
+        ];
+        let names: Vec<String> =
+            said_by_others(&all, "sampan-manifests.one").into_iter().map(|o| o.name).collect();
+        assert_eq!(names, ["theirs"]);
+    }
 }

@@ -190,7 +190,7 @@ fn begin(data_dir: &Path) -> Result<Arc<Upgrades>> {
 }
 
 /// Executes the program in this process's stead; returns only why that failed.
-fn replace(program: &Path) -> anyhow::Error {
+pub fn replace(program: &Path) -> anyhow::Error {
     let mut words = std::env::args_os();
     let mut command = std::process::Command::new(program);
     if let Some(name) = words.next() {

@@ -1,4 +1,5 @@
-//! `sampan server`: the control plane, and (unless told not to) a node on the same machine, in one process.
+//! `sampan server`: the control plane, and (unless told not to) a node on the same machine, in one process. Any number of
+//! servers share an etcd ([`crate::datastore`]); what one of them alone may do, who leads does ([`crate::leader`]).
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,22 +11,25 @@ use sampan_apiserver::authz::{Authorizer, bootstrap_policy};
 use sampan_apiserver::config::{Cidr, OpenId};
 use sampan_apiserver::{ApiServer, Config};
 use sampan_client::{Identity, Informers};
-use sampan_scheduler::{PlatformCache, Scheduler};
 use sampan_store::Store;
-use sampan_telemetry::supervise;
 use sampan_tunnel::Nodes;
 
+use crate::agent::tunnels;
+use crate::bootstrap_data::BootstrapData;
 use crate::certificate::node_events::NodeEvents;
 use crate::certificate::server::{self as certificates, ServerCertificates};
+use crate::control_plane::ControlPlane;
+use crate::datastore::{self, Datastore, DatastoreArgs};
 use crate::join::Cluster;
+use crate::leader::{self, Election};
 use crate::mirror::{self, Directory};
 use crate::node::{self, NodeArgs};
-use crate::platforms::RegistryPlatforms;
 use crate::tunnel_endpoint::{self, Access, Endpoint};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Secret that nodes join with; made up and kept in <data-dir>/server/token when not given
+    /// Secret that nodes join with; made up and kept in <data-dir>/server/token when not given. With a datastore of
+    /// several servers it is needed, the same for all
     #[arg(short, long, env = "SAMPAN_TOKEN", help_heading = "Cluster")]
     token: Option<String>,
     /// Port of the API
@@ -71,13 +75,22 @@ pub struct Args {
     #[arg(long, hide = true, default_value = "8760h")]
     certificate_lifetime: String,
     #[command(flatten)]
+    datastore: DatastoreArgs,
+    #[command(flatten)]
     node: NodeArgs,
 }
 
 pub fn run(args: Args) -> Result<()> {
     sampan_telemetry::init(&args.node.log_filter());
     let data_dir = args.node.data_dir.clone();
-    crate::node_upgrade::run(&data_dir, serve(args))
+    match crate::node_upgrade::run(&data_dir, serve(args)) {
+        Err(error) if error.is::<leader::Lost>() => {
+            tracing::error!("{error:#}: starting again");
+            let exe = std::env::current_exe().context("finding this program")?;
+            Err(crate::node_upgrade::replace(&exe).context(error))
+        }
+        done => done,
+    }
 }
 
 async fn serve(args: Args) -> Result<()> {
@@ -85,13 +98,12 @@ async fn serve(args: Args) -> Result<()> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let folder = args.node.data_dir.join("server");
     let tls = folder.join("tls");
-    make_private(&tls)?;
-    make_private(&folder.join("db"))?;
     let addresses = Addresses::of(&args)?;
-    let certificates = ServerCertificates::open(settings(&args, &folder, &addresses)?)?;
-    let options = sampan_store::Options::new(folder.join("db/state.db"))
-        .deferred(sampan_apiserver::storage::DEFERRED_PREFIXES);
-    let store = Store::open(options).context("opening the store")?;
+    let datastore = args.datastore.parse()?;
+    datastore::check_folder(&folder, datastore.as_ref())?;
+    make_private(&tls)?;
+    let (store, shared) = open_store(&args, &folder, &addresses, datastore.as_ref()).await?;
+    let certificates = ServerCertificates::open(settings(&args, &folder, &addresses, shared)?)?;
 
     let nodes = Arc::new(Nodes::default());
     let endpoint = Arc::new(Endpoint {
@@ -100,6 +112,7 @@ async fn serve(args: Args) -> Result<()> {
         cluster: addresses.cluster.clone(),
         access: std::sync::OnceLock::new(),
         programs: crate::programs::Programs::new(folder.join("binaries"))?,
+        advertise: addresses.advertise,
     });
     let mut config = Config::new(store.clone());
     config.dialer = Some(nodes.clone());
@@ -153,8 +166,27 @@ async fn serve(args: Args) -> Result<()> {
     certificates.write_kubeconfig()?;
     tracing::info!(address = %listen, ms = started.elapsed().as_millis() as u64, "the API is served");
 
-    start_control_plane(&api, &args, &endpoint, images.as_ref())?;
-    crate::manifests::start(client.clone(), folder.join("manifests"))?;
+    let options = sampan_controllers::Options {
+        cluster_cidr: Some(args.cluster_cidr.clone()),
+        service_cidr: Some(args.service_cidr.clone()),
+        root_ca_pem: certificates.bundle(),
+        ..sampan_controllers::Options::default()
+    };
+    let (name, registries) = (args.node.name()?, &args.node.private_registry);
+    let plane = ControlPlane::new(&api, options, &endpoint.programs, registries, images.as_ref())?;
+    let mut election = Election::new(&name);
+    let announced = match store.is_shared() {
+        true => {
+            plane.campaign(&mut election);
+            Some(api.announce(&name))
+        }
+        false => {
+            plane.start();
+            None
+        }
+    };
+    let of_server = store.is_shared().then_some(name.as_str());
+    crate::manifests::start(client.clone(), folder.join("manifests"), of_server)?;
     let mut events = None;
     if !args.disable_agent {
         tokio::spawn(show_role(client, args.node.name()?));
@@ -165,15 +197,60 @@ async fn serve(args: Args) -> Result<()> {
             Some(images) => Some(mirror::of_server(images, args.node.name()?, &certificates)?),
             None => None,
         };
-        node::start_local(&args.node, &addresses.cluster, client, &nodes, mirror).await?;
+        let others = store.is_shared().then(|| others(&certificates, addresses.advertise)).flatten();
+        node::start_local(&args.node, &addresses.cluster, client, &nodes, mirror, others).await?;
     }
     certificates.keep(authenticator, events)?;
-    node::wait_for_end().await;
+    let lost = tokio::select! {
+        () = node::wait_for_end() => None,
+        lost = election.lost() => Some(lost),
+    };
     tracing::info!("ending: pods run on");
+    tokio::join!(election.end(), async {
+        if let Some(announced) = announced {
+            announced.withdraw().await;
+        }
+    });
     certificates.end();
     api.shut_down();
     let _ = server.await;
-    store.close().await.context("closing the store")
+    store.close().await.context("closing the store")?;
+    lost.map_or(Ok(()), |lost| Err(lost.into()))
+}
+
+/// How the server's own node lets other servers reach it.
+fn others(certificates: &Arc<ServerCertificates>, myself: SocketAddr) -> Option<tunnels::Others> {
+    let shared = certificates.clone();
+    let trusted = Box::new(move || shared.authority().certificate_pem().to_string());
+    Some(tunnels::Others { myself, own: certificates.node()?, trusted })
+}
+
+/// The cluster's store: in the data folder, or an etcd, with what its servers have in common.
+async fn open_store(
+    args: &Args,
+    folder: &Path,
+    addresses: &Addresses,
+    datastore: Option<&Datastore>,
+) -> Result<(Store, Option<Arc<BootstrapData>>)> {
+    let Some(datastore) = datastore else {
+        make_private(&folder.join("db"))?;
+        let options = sampan_store::Options::new(folder.join("db/state.db"))
+            .deferred(sampan_apiserver::storage::DEFERRED_PREFIXES);
+        return Ok((Store::open(options).context("opening the store")?, None));
+    };
+    crate::bootstrap_data::candidates(folder, args.token.as_deref())?;
+    let store = datastore.connect().await?;
+    let cluster = &addresses.cluster;
+    let same = [
+        ("--cluster-cidr", &cluster.cluster_cidr),
+        ("--service-cidr", &cluster.service_cidr),
+        ("--cluster-dns", &cluster.cluster_dns),
+        ("--cluster-domain", &cluster.cluster_domain),
+    ];
+    let same = same.map(|(flag, value)| (flag.to_string(), value.clone())).into();
+    let (token, endpoints) = (args.token.as_deref(), &datastore.endpoints);
+    let shared = BootstrapData::join(&store, folder, endpoints, token, &same).await?;
+    Ok((store, Some(shared)))
 }
 
 /// Shows this server's node with the role `control-plane`, as K3s does. No kubelet may give itself a role.
@@ -214,48 +291,6 @@ async fn let_nodes_see_services(client: &kube::Client) -> Result<(), kube::Error
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
         other => other.map(drop),
     }
-}
-
-fn start_control_plane(
-    api: &ApiServer,
-    args: &Args,
-    endpoint: &Endpoint,
-    images: Option<&Arc<Directory>>,
-) -> Result<()> {
-    let registries = node::registries(&args.node.private_registry)?;
-    let peers = images.map(|directory| mirror::through_tunnels(directory, &registries));
-    let client = api.client(Identity::loopback(), "sampan-platforms");
-    let platforms = RegistryPlatforms::new(registries, client).with_mirror(peers);
-    let platforms = PlatformCache::new(Arc::new(platforms));
-    let caller = api.clone();
-    let identity = Identity::new("system:kube-controller-manager", &[Identity::MASTERS]);
-    sampan_controllers::start(sampan_controllers::Context {
-        clients: Arc::new(move |name: &'static str| {
-            let user = format!("system:serviceaccount:kube-system:{name}");
-            let groups = ["system:serviceaccounts", "system:serviceaccounts:kube-system"];
-            caller.client(Identity::new(&user, &groups), "kube-controller-manager")
-        }),
-        informers: Informers::new(api.client(identity, "kube-controller-manager")),
-        options: sampan_controllers::Options {
-            cluster_cidr: Some(args.cluster_cidr.clone()),
-            service_cidr: Some(args.service_cidr.clone()),
-            root_ca_pem: endpoint.certificates.bundle(),
-            ..sampan_controllers::Options::default()
-        },
-        image_platforms: Some(Arc::new(platforms.clone())),
-        programs: Some(Arc::new({
-            let programs = endpoint.programs.clone();
-            move || programs.watch()
-        })),
-    });
-    let client = api.client(Identity::new("system:kube-scheduler", &[]), "kube-scheduler");
-    supervise("scheduler", move || {
-        let (client, platforms) = (client.clone(), platforms.clone());
-        async move {
-            Scheduler::new(client.clone(), Informers::new(client), Some(platforms)).run().await;
-        }
-    });
-    Ok(())
 }
 
 /// The addresses that follow from the flags.
@@ -306,7 +341,12 @@ fn make_private(path: &Path) -> Result<()> {
 }
 
 /// What the flags say of certificates.
-fn settings(args: &Args, folder: &Path, addresses: &Addresses) -> Result<certificates::Settings> {
+fn settings(
+    args: &Args,
+    folder: &Path,
+    addresses: &Addresses,
+    shared: Option<Arc<BootstrapData>>,
+) -> Result<certificates::Settings> {
     let own = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost", "127.0.0.1"];
     let mut names: Vec<String> = own.map(String::from).to_vec();
     names.push(format!("kubernetes.default.svc.{}", args.cluster_domain));
@@ -327,6 +367,7 @@ fn settings(args: &Args, folder: &Path, addresses: &Addresses) -> Result<certifi
         server: format!("https://127.0.0.1:{}", args.https_listen_port),
         lifetime_seconds: crate::token::seconds(&args.certificate_lifetime)
             .context("--certificate-lifetime")?,
+        shared,
     })
 }
 

@@ -164,6 +164,11 @@ fn rotate(data_dir: &Path, token: Option<&str>, new_token: Option<&str>) -> Resu
     }
     let tls = folder.join("tls");
     let free = crate::certificate::files::is_free(&tls)?;
+    if free.is_some() && folder.join(crate::datastore::RECORD).exists() {
+        bail!(
+            "this server does not run, and only one that runs hands a new token on to the cluster's other servers"
+        );
+    }
     server::write_token(&folder, &secret)?;
     match free {
         Some(_) => {

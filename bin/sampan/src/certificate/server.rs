@@ -4,7 +4,9 @@
 //! Upstream counterparts: K3s' pkg/daemons/control/deps and dynamiclistener, kubelet's certificate manager. What stays
 //! true: one pass over everything says what is to be done, and does it; it runs at the start, when something is due, when
 //! a handshake finds the certificate due (the clock jumped), when a file came into the folder (a command asks), and
-//! hourly. A pass that finds nothing to do writes nothing. What fails is tried again, the rest goes on.
+//! hourly. A pass that finds nothing to do writes nothing. What fails is tried again, the rest goes on. Where servers share
+//! a datastore, each pass ends with comparing the folder with it ([`crate::bootstrap_data`]), and one begins when it
+//! changed there.
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -22,6 +24,7 @@ use tokio::sync::{Notify, watch};
 
 use super::files::{self, Kept};
 use super::node_events::NodeEvents;
+use crate::bootstrap_data::BootstrapData;
 use crate::folder_changes::{ARRIVALS, FolderChanges};
 use crate::tunnel_endpoint::JOINERS;
 
@@ -48,6 +51,8 @@ pub struct Settings {
     /// The address in the kubeconfig.
     pub server: String,
     pub lifetime_seconds: i64,
+    /// What other servers have in common with this one, where there may be some.
+    pub shared: Option<Arc<BootstrapData>>,
 }
 
 pub struct ServerCertificates {
@@ -215,6 +220,12 @@ impl ServerCertificates {
                 this.follow(authenticator, events.as_ref(), changes).await;
             }
         });
+        if let Some(shared) = self.settings.shared.clone() {
+            sampan_telemetry::supervise("bootstrap data", move || {
+                let shared = shared.clone();
+                async move { shared.follow().await }
+            });
+        }
         Ok(())
     }
 
@@ -227,11 +238,16 @@ impl ServerCertificates {
         loop {
             let (this, authenticator) = (self.clone(), authenticator.clone());
             // files are synced to disk, which takes long on some
-            let pass =
+            let mut pass =
                 tokio::task::spawn_blocking(move || this.pass(&authenticator)).await.unwrap_or_default();
+            let is_taken = self.reconcile(&mut pass).await;
             if let Some(events) = events {
                 pass.renewed.iter().for_each(|kept| events.renewed(kept));
                 events.warn_of(&files::of(self.settings.folder.parent().unwrap_or(&self.settings.folder)));
+            }
+            if is_taken {
+                // what came from another server is taken up at once
+                continue;
             }
             let longest = if pass.failed { RETRY } else { LONGEST };
             let next = pass.next.map_or(longest, |next| until(next).min(longest));
@@ -241,7 +257,27 @@ impl ServerCertificates {
                 // handshakes would tell again and again what cannot be helped
                 () = self.wake.notified(), if !pass.is_futile => {}
                 _ = changes.next() => {}
+                () = self.changed_elsewhere() => {}
             }
+        }
+    }
+
+    /// Brings the folder and the datastore together; true when files here were written.
+    async fn reconcile(&self, pass: &mut Pass) -> bool {
+        let Some(shared) = &self.settings.shared else { return false };
+        match shared.reconcile().await {
+            Ok(is_taken) => is_taken,
+            Err(error) => {
+                pass.note("what servers have in common", Err(error));
+                false
+            }
+        }
+    }
+
+    async fn changed_elsewhere(&self) {
+        match &self.settings.shared {
+            Some(shared) => shared.changed().await,
+            None => std::future::pending().await,
         }
     }
 
@@ -389,7 +425,7 @@ fn renewed(
     Ok((pair, true))
 }
 
-fn kept_token(folder: &Path) -> Option<String> {
+pub fn kept_token(folder: &Path) -> Option<String> {
     let text = std::fs::read_to_string(folder.join("token")).ok()?;
     Some(text.trim().to_string()).filter(|token| !token.is_empty())
 }
@@ -483,6 +519,7 @@ mod tests {
             kubeconfig_mode: 0o600,
             server: "https://127.0.0.1:6443".to_string(),
             lifetime_seconds: 365 * 86_400,
+            shared: None,
         })
     }
 

@@ -11,6 +11,7 @@ mod keys;
 pub mod kubeconfig;
 pub mod renewal;
 pub mod rotation;
+pub mod sealed;
 pub mod service_account_key;
 pub mod tls;
 pub mod unverified;

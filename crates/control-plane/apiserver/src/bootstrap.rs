@@ -1,7 +1,9 @@
 //! What every cluster has from the start: its namespaces, priority classes and the `kubernetes` service.
 //!
 //! Upstream counterparts: pkg/controlplane/controller/systemnamespaces, …/controller/kubernetesservice,
-//! pkg/registry/scheduling/rest. All of it goes through the router, as any client's requests do.
+//! pkg/registry/scheduling/rest. All of it goes through the router, as any client's requests do. Several servers may do
+//! it at the same moment: what another has made meanwhile is left as it is. Where they share a store, the endpoints of
+//! the `kubernetes` service are [`crate::identity_lease`]'s.
 use std::sync::Arc;
 
 use http::{Method, Request};
@@ -9,6 +11,7 @@ use http_body_util::BodyExt;
 use sampan_client::Identity;
 use serde_json::{Value, json};
 
+use crate::identity_lease::is_reachable;
 use crate::status::{Result, Status};
 use crate::{Server, body, handler};
 
@@ -62,7 +65,8 @@ async fn service_cidr(server: &Arc<Server>) -> Result<()> {
         "message": "Kubernetes default Service CIDR is ready",
         "lastTransitionTime": sampan_world::clock::now_seconds().to_string()}]});
     match call(server, Method::PUT, &format!("{path}/status"), Some(&stored)).await? {
-        (200, _) => Ok(()),
+        // 409: another server has just done it
+        (200 | 409, _) => Ok(()),
         (_, body) => Err(failed(PATH, "kubernetes", &body)),
     }
 }
@@ -78,11 +82,14 @@ async fn kubernetes_service(server: &Arc<Server>) -> Result<()> {
             "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": target}]}});
     ensure(server, "/api/v1/namespaces/default/services", "kubernetes", &service).await?;
     let Some(address) = server.config.advertise else { return Ok(()) };
-    if address.ip().is_loopback() || address.ip().is_unspecified() {
+    if !is_reachable(address) {
         tracing::warn!(
             %address,
             "pods cannot reach the API server at this address: the kubernetes service gets no endpoints"
         );
+        return Ok(());
+    }
+    if server.config.store.is_shared() {
         return Ok(());
     }
     let ip = address.ip().to_string();
@@ -107,7 +114,11 @@ async fn ensure(server: &Arc<Server>, path: &str, name: &str, object: &Value) ->
         (200, _) => Ok(()),
         _ => match call(server, Method::POST, path, Some(object)).await? {
             (201 | 409, _) => Ok(()),
-            (_, body) => Err(failed(path, name, &body)),
+            // what it wants may be taken by itself, made by another server meanwhile
+            (_, body) => match call(server, Method::GET, &format!("{path}/{name}"), None).await? {
+                (200, _) => Ok(()),
+                _ => Err(failed(path, name, &body)),
+            },
         },
     }
 }
@@ -121,12 +132,12 @@ async fn put(server: &Arc<Server>, path: &str, name: &str, object: &Value) -> Re
     }
 }
 
-fn failed(path: &str, name: &str, body: &Value) -> Status {
+pub(crate) fn failed(path: &str, name: &str, body: &Value) -> Status {
     let message = body.get("message").and_then(Value::as_str).unwrap_or("");
     Status::internal(format_args!("{path}/{name}: {message}"))
 }
 
-async fn call(
+pub(crate) async fn call(
     server: &Arc<Server>,
     method: Method,
     path: &str,

@@ -19,6 +19,7 @@ pub mod discovery;
 pub mod events_ttl;
 pub mod handler;
 pub mod http_server;
+pub mod identity_lease;
 pub mod managed;
 pub mod metrics;
 pub mod negotiate;
@@ -148,6 +149,12 @@ impl ApiServer {
     /// Makes sure of the default namespaces, the system priority classes and the `kubernetes` service.
     pub async fn bootstrap(&self) -> status::Result<()> {
         bootstrap::run(&self.server).await
+    }
+
+    /// With a store that several servers share: puts this one, which runs on `host`, among those that the
+    /// `kubernetes` service leads to. To be called when connections are served.
+    pub fn announce(&self, host: &str) -> identity_lease::Announced {
+        identity_lease::announce(&self.server, host)
     }
 
     /// Watches end and connections close after the requests under way.

@@ -2,6 +2,7 @@
 //!
 //! Upstream counterparts: k8s.io/apiserver/pkg/server/{healthz,routes}.
 use std::fmt::Write;
+use std::time::Duration;
 
 use http::request::Parts;
 use http::{HeaderValue, Method, Response, header};
@@ -32,7 +33,9 @@ pub async fn serve(
     }
     match segments.as_slice() {
         [] => Ok(reply::json_value(200, &json!({"paths": discovery::paths(server)}))),
-        ["healthz" | "livez" | "readyz", rest @ ..] if rest.len() <= 1 => health(server, query, &segments),
+        ["healthz" | "livez" | "readyz", rest @ ..] if rest.len() <= 1 => {
+            health(server, query, &segments).await
+        }
         ["version"] => Ok(reply::json_value(200, &server.config.version.value())),
         ["metrics"] => {
             let mut response = reply::text(200, metrics::page(server));
@@ -78,10 +81,20 @@ fn discovery_document(document: &serde_json::Value, media_type: &'static str) ->
 }
 
 /// `/healthz`, `/livez`, `/readyz` and one check of them; `?verbose` lists the checks, `?exclude=` leaves some out.
-fn health(server: &Server, query: &Query, segments: &[&str]) -> Result<Response<Body>> {
+async fn health(server: &Server, query: &Query, segments: &[&str]) -> Result<Response<Body>> {
     let endpoint = segments.first().copied().unwrap_or("healthz");
     let ready = endpoint == "readyz";
-    let mut checks: Vec<(&str, bool)> = vec![("ping", true), ("store", !is_closed(server))];
+    let mut checks: Vec<(&str, bool)> = vec![("ping", true)];
+    match server.config.store.is_shared() {
+        false => checks.push(("store", !is_closed(server))),
+        true => {
+            let answers = datastore_answers(server).await;
+            checks.push(("etcd", answers));
+            if ready {
+                checks.push(("etcd-readiness", answers));
+            }
+        }
+    }
     checks.push(("poststarthook/bootstrap", !ready || server.bootstrapped.get().is_some()));
     if ready {
         checks.push(("shutdown", !server.shutdown.is_cancelled()));
@@ -107,6 +120,13 @@ fn health(server: &Server, query: &Query, segments: &[&str]) -> Result<Response<
     }
     let _ = writeln!(page, "{endpoint} check {}", if healthy { "passed" } else { "failed" });
     Ok(reply::text(if healthy { 200 } else { 500 }, page))
+}
+
+/// How long the datastore may take to be called well, as upstream.
+const HEALTH_LIMIT: Duration = Duration::from_secs(2);
+
+async fn datastore_answers(server: &Server) -> bool {
+    matches!(tokio::time::timeout(HEALTH_LIMIT, server.config.store.latest()).await, Ok(Ok(_)))
 }
 
 fn is_closed(server: &Server) -> bool {

@@ -2,22 +2,41 @@
 //!
 //! Upstream counterparts: pkg/registry/core/service/{ipallocator,portallocator,storage/alloc.go}. Deliberately
 //! different: there is no state besides the services themselves. One service at a time is given what it needs, by
-//! looking at what all others have; a deleted service gives back by being gone.
+//! looking at what all others have; a deleted service gives back by being gone. Where several servers share a store, a
+//! key that each such write changes says whether another server gave something away since this one looked: then the
+//! choice is made again.
 use std::collections::HashSet;
 use std::net::IpAddr;
 
 use sampan_kinds::{FieldError, Path};
+use sampan_store::{Class, Expect, Write};
 use sampan_world::random;
 use serde_json::{Value, json};
 use tokio::sync::OwnedMutexGuard;
 
+use crate::cache::store_failed;
 use crate::call::Call;
 use crate::config::Cidr;
 use crate::status::{Result, Status};
 use crate::write::text;
 
+/// The key that servers with a shared store change with each allocation; its value means nothing.
+pub const TURN_KEY: &str = "/sampan/service-allocation";
+
 /// Held until the service is stored, so that nobody is given the same.
-pub struct Allocation(#[expect(dead_code, reason = "held, not read")] OwnedMutexGuard<()>);
+pub struct Allocation {
+    _turn: OwnedMutexGuard<()>,
+    /// What must be so still when the service is stored, where other servers allocate too.
+    expect: Option<Expect>,
+}
+
+impl Allocation {
+    /// What has to be written together with the service; a conflict of it says that the choice is outdated.
+    pub fn turn(&self) -> Option<Write> {
+        let value = Some(bytes::Bytes::from_static(b"{}"));
+        self.expect.map(|expect| Write { key: TURN_KEY.to_string(), expect, value, class: Class::Durable })
+    }
+}
 
 /// What other services have.
 #[derive(Default)]
@@ -37,9 +56,12 @@ pub async fn before_create(call: &Call, service: &mut Value) -> Result<Option<Al
     }
     normalize(service, None);
     check_addresses(call, service)?;
-    let (guard, taken) = taken(call, "").await?;
+    let (mut allocation, taken) = taken(call, "").await?;
     allocate(call, service, None, &taken)?;
-    Ok(Some(guard))
+    if !claims(service, None) {
+        allocation.expect = None;
+    }
+    Ok(Some(allocation))
 }
 
 pub async fn before_update(call: &Call, service: &mut Value, old: &Value) -> Result<Option<Allocation>> {
@@ -48,9 +70,25 @@ pub async fn before_update(call: &Call, service: &mut Value, old: &Value) -> Res
     }
     normalize(service, Some(old));
     keep_what_is_not_said(service, old);
-    let (guard, taken) = taken(call, text(old, "/metadata/uid")).await?;
+    let (mut allocation, taken) = taken(call, text(old, "/metadata/uid")).await?;
     allocate(call, service, Some(old), &taken)?;
-    Ok(Some(guard))
+    if !claims(service, Some(old)) {
+        allocation.expect = None;
+    }
+    Ok(Some(allocation))
+}
+
+/// Whether the service has something that it had not before.
+fn claims(service: &Value, old: Option<&Value>) -> bool {
+    let has = |service: &Value| {
+        let mut node_ports: HashSet<(u16, String)> =
+            ports(service).filter_map(|port| Some((node_port(port)?, protocol(port)))).collect();
+        node_ports.extend(health_check_port(service).map(|port| (port, "TCP".to_string())));
+        (addresses(service).into_iter().collect::<HashSet<IpAddr>>(), node_ports)
+    };
+    let (addresses, node_ports) = has(service);
+    let (old_addresses, old_ports) = old.map(has).unwrap_or_default();
+    !addresses.is_subset(&old_addresses) || !node_ports.is_subset(&old_ports)
 }
 
 /// `clusterIP` and `clusterIPs` mean the same; who has said only one of them has said both (upstream's
@@ -94,7 +132,16 @@ fn check_addresses(call: &Call, service: &Value) -> Result<()> {
 
 /// Takes the turn and looks at what all services but `except` have.
 async fn taken(call: &Call, except: &str) -> Result<(Allocation, Taken)> {
-    let guard = call.server.service_lock.clone().lock_owned().await;
+    let turn = call.server.service_lock.clone().lock_owned().await;
+    let store = &call.server.config.store;
+    // read before the services: they may be newer than this, never older
+    let expect = match store.is_shared() {
+        false => None,
+        true => {
+            let (entry, _) = store.get(TURN_KEY, None).await.map_err(store_failed)?;
+            Some(entry.map_or(Expect::Absent, |entry| Expect::Revision(entry.mod_revision)))
+        }
+    };
     let cache = call.cache().await?;
     call.server.caches.catch_up().await?;
     let mut taken = Taken::default();
@@ -107,7 +154,7 @@ async fn taken(call: &Call, except: &str) -> Result<(Allocation, Taken)> {
         taken.node_ports.extend(ports(&service).filter_map(|port| Some((node_port(port)?, protocol(port)))));
         taken.node_ports.extend(health_check_port(&service).map(|port| (port, "TCP".to_string())));
     });
-    Ok((Allocation(guard), taken))
+    Ok((Allocation { _turn: turn, expect }, taken))
 }
 
 fn addresses(service: &Value) -> Vec<IpAddr> {
@@ -461,6 +508,17 @@ mod tests {
             normalize(&mut new, old);
             assert_eq!(new["spec"].get("clusterIPs").cloned().unwrap_or_default(), want, "{shown}");
         }
+    }
+
+    #[test]
+    fn only_what_is_new_needs_a_turn() {
+        let service = |ip: &str, port: u16| json!({"spec": {"clusterIP": ip, "ports": [{"nodePort": port}]}});
+        assert!(claims(&service("10.43.0.9", 0), None) && !claims(&service("None", 0), None));
+        assert!(claims(&service("None", 30000), None));
+        let old = service("10.43.0.9", 30000);
+        assert!(!claims(&old, Some(&old)) && !claims(&service("10.43.0.9", 0), Some(&old)));
+        assert!(claims(&service("10.43.0.9", 30001), Some(&old)));
+        assert!(claims(&service("10.43.0.8", 30000), Some(&old)));
     }
 
     #[test]

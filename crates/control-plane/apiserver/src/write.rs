@@ -25,6 +25,8 @@ const SUFFIX_LENGTH: usize = 5;
 const BASE_MAX: usize = 63 - SUFFIX_LENGTH;
 /// A write that keeps losing the race gives up after so many rounds.
 const ROUNDS_MAX: usize = 64;
+/// A service whose address another server's service may have been given meanwhile waits up to so long, and looks again.
+const TURN_PAUSE_MS: u64 = 40;
 
 /// An object as it was stored (or would have been, in a dry run).
 #[derive(Clone, Debug)]
@@ -92,7 +94,7 @@ pub async fn create(call: &Call, object: Value, options: &WriteOptions) -> Resul
         text(&object, "/metadata/name").is_empty() && !text(&object, "/metadata/generateName").is_empty();
     let attempts = if generated { GENERATED_NAMES_MAX } else { 1 };
     for attempt in 1..=attempts {
-        match create_once(call, object.clone(), options).await {
+        match create_in_turn(call, object.clone(), options).await {
             Err(status) if status.0.reason == "AlreadyExists" && attempt < attempts => {}
             Err(status) if status.0.reason == "AlreadyExists" && generated => {
                 let of = call.resource.group_resource();
@@ -104,7 +106,61 @@ pub async fn create(call: &Call, object: Value, options: &WriteOptions) -> Resul
     Err(Status::internal("no attempt was made"))
 }
 
-async fn create_once(call: &Call, mut object: Value, options: &WriteOptions) -> Result<Written> {
+/// Why an attempt to create did not succeed.
+enum NotCreated {
+    Failed(Status),
+    /// Another server gave away addresses or ports since they were chosen here.
+    Outdated,
+}
+
+impl From<Status> for NotCreated {
+    fn from(status: Status) -> Self {
+        Self::Failed(status)
+    }
+}
+
+/// Creates the object, with another choice as long as another server's services come in between.
+async fn create_in_turn(call: &Call, object: Value, options: &WriteOptions) -> Result<Written> {
+    for _ in 0..ROUNDS_MAX {
+        match create_once(call, object.clone(), options).await {
+            Ok(written) => return Ok(written),
+            Err(NotCreated::Failed(status)) => return Err(status),
+            Err(NotCreated::Outdated) => pause().await,
+        }
+    }
+    Err(Status::internal("other servers' services keep coming in between"))
+}
+
+async fn pause() {
+    tokio::time::sleep(std::time::Duration::from_millis(random::below(TURN_PAUSE_MS))).await;
+}
+
+/// Whether a conflict says that a service's address or port has to be chosen again.
+fn is_outdated(error: &WriteError) -> bool {
+    matches!(error, WriteError::Conflict { key, .. } if key == service_ip::TURN_KEY)
+}
+
+/// Stores `write`, together with what says that an allocation took place.
+async fn store(
+    call: &Call,
+    write: Write,
+    allocation: Option<service_ip::Allocation>,
+) -> std::result::Result<u64, WriteError> {
+    let store = call.server.caches.store();
+    match allocation.as_ref().and_then(service_ip::Allocation::turn) {
+        None => store.write(write).await,
+        Some(turn) => {
+            let revisions = store.write_many(Vec::new(), vec![write, turn]).await?;
+            Ok(revisions.first().copied().unwrap_or_default())
+        }
+    }
+}
+
+async fn create_once(
+    call: &Call,
+    mut object: Value,
+    options: &WriteOptions,
+) -> std::result::Result<Written, NotCreated> {
     let resource = &call.resource;
     let rules = &resource.storage.rules;
     let object_meta = meta_of(&mut object)?;
@@ -138,7 +194,7 @@ async fn create_once(call: &Call, mut object: Value, options: &WriteOptions) -> 
     }
     errors.extend(certificates::validate(call, &object));
     if !errors.is_empty() {
-        return Err(call.invalid(&name, &errors));
+        return Err(call.invalid(&name, &errors).into());
     }
     for warning in (rules.rest.warnings)(&object, None) {
         call.warn(warning);
@@ -153,7 +209,7 @@ async fn create_once(call: &Call, mut object: Value, options: &WriteOptions) -> 
         let cache = call.cache().await?;
         call.server.caches.catch_up().await?;
         return match cache.get(&key) {
-            Some(_) => Err(exists()),
+            Some(_) => Err(exists().into()),
             None => Ok(Written { bytes, revision: 0, created: true }),
         };
     }
@@ -163,12 +219,11 @@ async fn create_once(call: &Call, mut object: Value, options: &WriteOptions) -> 
         value: Some(bytes.clone()),
         class: resource.storage.class(&object, None),
     };
-    let written = call.server.caches.store().write(write).await;
-    drop(allocation);
-    match written {
+    match store(call, write, allocation).await {
         Ok(revision) => Ok(Written { bytes, revision, created: true }),
-        Err(WriteError::Conflict { .. }) => Err(exists()),
-        Err(WriteError::Store(error)) => Err(store_failed(error)),
+        Err(error) if is_outdated(&error) => Err(NotCreated::Outdated),
+        Err(WriteError::Conflict { .. }) => Err(exists().into()),
+        Err(WriteError::Store(error)) => Err(store_failed(error).into()),
     }
 }
 
@@ -188,7 +243,7 @@ pub async fn update(
             if !target.create {
                 return Err(Status::not_found(resource.group_resource(), target.name));
             }
-            match create_once(call, make(None)?, options).await {
+            match create_in_turn(call, make(None)?, options).await {
                 Err(status) if status.0.reason == "AlreadyExists" && !options.dry_run => continue,
                 result => return result,
             }
@@ -242,10 +297,9 @@ pub async fn update(
             value: Some(bytes.clone()),
             class: resource.storage.class(&object, Some(&stored)),
         };
-        let written = call.server.caches.store().write(write).await;
-        drop(allocation);
-        match written {
+        match store(call, write, allocation).await {
             Ok(revision) => return Ok(Written { bytes, revision, created: false }),
+            Err(error) if is_outdated(&error) => pause().await,
             Err(WriteError::Conflict { .. }) => {}
             Err(WriteError::Store(error)) => return Err(store_failed(error)),
         }
