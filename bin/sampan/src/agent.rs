@@ -1,22 +1,26 @@
-//! `sampan agent`: a node that joins a server. It needs outbound TCP to the server's port and nothing else.
+//! `sampan agent`: a node that joins a cluster. It needs outbound TCP to its servers' port and nothing else.
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use http::{Request, StatusCode, header};
-use http_body_util::Empty;
-use hyper_util::rt::TokioIo;
-use sampan_pki::{LiveCertificate, Pair};
+use anyhow::{Context, Result};
+use sampan_pki::Pair;
 
 use crate::agent_client::Transport;
 use crate::certificate::agent::AgentCertificate;
 use crate::join::{self, Membership};
 use crate::mirror;
-use crate::node::{self, KubeletApi, NodeArgs};
+use crate::node::{self, NodeArgs};
+
+pub mod servers;
+pub mod tunnels;
+
+use servers::Servers;
+use tunnels::Tunnels;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Server to join, https://HOST:6443
+    /// Server to join, https://HOST:6443; where a cluster has several, one of them, or what balances between them
     #[arg(short, long, env = "SAMPAN_URL", help_heading = "Cluster")]
     server: String,
     /// Token to join with: <data-dir>/server/node-token of the server, or one of `sampan token create`
@@ -42,7 +46,8 @@ async fn serve(args: Args) -> Result<()> {
     std::fs::create_dir_all(&folder)
         .with_context(|| format!("making {} (--data-dir names another place)", folder.display()))?;
     let name = args.node.name()?;
-    let (membership, pair) = join_patiently(&args, &folder, &name).await?;
+    let servers = Servers::of_agent(&folder, &args.server)?;
+    let (membership, pair) = join_patiently(&args, &folder, &servers, &name).await?;
     let membership = Arc::new(membership);
     let certificate = AgentCertificate::new(folder.clone(), args.token.clone(), membership.clone(), &pair)?;
     let live = certificate.live.clone();
@@ -50,25 +55,37 @@ async fn serve(args: Args) -> Result<()> {
     let client = transport.client()?;
     certificate.keep(transport)?;
     let (setting, mirror) = mirror::part(&membership, &live, &folder)?;
-    let kubelet = node::start(&args.node, &membership.cluster, client, Some(mirror)).await?;
-    sampan_telemetry::supervise("tunnel", {
-        move || keep_connected(membership.clone(), live.clone(), kubelet.clone(), setting.clone())
+    let node = node::start(&args.node, &membership.cluster, client, Some(mirror)).await?;
+    servers::follow(&servers, &node.informers);
+    follow_with_kubeconfig(&membership, &folder);
+    let tunnels = Arc::new(Tunnels {
+        servers,
+        trusted: Box::new(move || membership.trusted()),
+        own: live,
+        kubelet: tunnels::kubelet(&node.api),
+        setting: Some(setting),
+        myself: None,
     });
+    sampan_telemetry::supervise("tunnels", move || tunnels.clone().keep());
     node::wait_for_end().await;
     tracing::info!("ending: pods run on");
     Ok(())
 }
 
 /// A server that is not there yet, or not any more, is waited for; one that refuses is not.
-async fn join_patiently(args: &Args, folder: &std::path::Path, name: &str) -> Result<(Membership, Pair)> {
+async fn join_patiently(
+    args: &Args,
+    folder: &Path,
+    servers: &Arc<Servers>,
+    name: &str,
+) -> Result<(Membership, Pair)> {
     let mut delay = FIRST_DELAY;
     loop {
-        let error = match join::join(folder, &args.server, args.token.as_deref(), name).await {
+        let error = match join::join(folder, servers, args.token.as_deref(), name).await {
             Ok(membership) => return Ok(membership),
             Err(error) => error,
         };
-        let unreachable = error.chain().any(|e| e.is::<std::io::Error>() || e.is::<hyper::Error>());
-        if !unreachable {
+        if !join::may_pass(&error) {
             return Err(error);
         }
         tracing::warn!("{error:#}; trying again in {} ms", delay.as_millis());
@@ -77,52 +94,25 @@ async fn join_patiently(args: &Args, folder: &std::path::Path, name: &str) -> Re
     }
 }
 
-/// Holds the connection that the server reaches this node through; when it ends, another is made.
-async fn keep_connected(
-    membership: Arc<Membership>,
-    live: Arc<LiveCertificate>,
-    kubelet: KubeletApi,
-    setting: Arc<mirror::Setting>,
-) {
-    let mut delay = FIRST_DELAY;
-    loop {
-        match connect(&membership, live.clone(), &kubelet, &setting).await {
-            Ok(()) => delay = FIRST_DELAY,
-            Err(error) => {
-                tracing::warn!(
-                    "the server cannot reach this node: {error:#}; trying again in {} ms",
-                    delay.as_millis()
-                );
+/// The kubeconfig for commands on this machine names the server that answers.
+fn follow_with_kubeconfig(membership: &Arc<Membership>, folder: &Path) {
+    let shared = Arc::new((membership.clone(), folder.to_path_buf()));
+    sampan_telemetry::supervise("kubelet's kubeconfig", move || {
+        let shared = shared.clone();
+        async move {
+            let (membership, folder) = &*shared;
+            let mut current = membership.servers.current();
+            loop {
+                let server = current.borrow_and_update().clone();
+                if let Some(server) = server
+                    && let Err(error) = join::name_in_kubeconfig(folder, membership, &server)
+                {
+                    tracing::warn!("the kubelet's kubeconfig: {error:#}");
+                }
+                if current.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
             }
         }
-        tokio::time::sleep(delay).await;
-        delay = (delay * 2).min(MAX_DELAY);
-    }
-}
-
-async fn connect(
-    membership: &Membership,
-    live: Arc<LiveCertificate>,
-    kubelet: &KubeletApi,
-    setting: &mirror::Setting,
-) -> Result<()> {
-    let server = &membership.server;
-    let stream = join::connect(server, Some(&membership.trusted()), Some(live), Some(b"http/1.1")).await?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(connection.with_upgrades());
-    let (host, port) = join::address_of(server)?;
-    let request = Request::get(sampan_tunnel::PATH)
-        .header(header::HOST, format!("{host}:{port}"))
-        .header(header::CONNECTION, "upgrade")
-        .header(header::UPGRADE, sampan_tunnel::PROTOCOL)
-        .body(Empty::<bytes::Bytes>::new())?;
-    let response = sender.send_request(request).await?;
-    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-        bail!("{server} answered {} to the tunnel", response.status());
-    }
-    setting.hear(response.headers())?;
-    let upgraded = hyper::upgrade::on(response).await?;
-    let kubelet = kubelet.clone();
-    sampan_tunnel::serve(TokioIo::new(upgraded), move |stream| kubelet.clone().serve(stream)).await?;
-    Ok(())
+    });
 }

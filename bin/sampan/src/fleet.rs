@@ -4,6 +4,7 @@
 //! Exit codes say what went wrong, see [`EXIT_CODES`].
 mod access;
 mod apply;
+mod datastore;
 mod effective;
 mod exec;
 mod get_config;
@@ -32,7 +33,7 @@ pub enum Command {
     /// Install a server on a machine over SSH, and fetch its kubeconfig
     #[command(after_help = EXIT_CODES)]
     Install(Box<install::Args>),
-    /// Install an agent on a machine over SSH, and join it to a server
+    /// Install an agent, or another server, on a machine over SSH, and join it to a server
     #[command(after_help = EXIT_CODES)]
     Join(Box<join::Args>),
     /// Print the commands that make a cluster of a list of hosts

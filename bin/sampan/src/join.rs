@@ -3,7 +3,8 @@
 //! The agent makes its own key; only a certificate request travels. A node's name belongs to whoever used it first: the
 //! agent sends a password that it keeps on disk, and the server keeps the hash in a Secret, as K3s does. Renewal is the
 //! same request, proved by the certificate that is still good, and by the token when it is not. The answer carries all
-//! authorities that are to be trusted, so that nodes follow when a new one signs.
+//! authorities that are to be trusted, so that nodes follow when a new one signs. Any server of the cluster will do: they
+//! are asked in turn until one can say yes or no.
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -15,6 +16,9 @@ use hyper_util::rt::TokioIo;
 use sampan_pki::{JoinToken, LiveCertificate, Pair};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+
+use crate::agent::servers::Servers;
 
 pub const PATH: &str = "/v1-sampan/join";
 /// Answers when the authorities are others than those whose hash is in `?known=`: how nodes hear of a new one.
@@ -23,6 +27,8 @@ pub const AUTHORITY_CHANGES: &str = "/v1-sampan/authority";
 pub const AUTHORITY_PATH: &str = "/cacerts";
 /// Answers here are small.
 const MAX_BODY_BYTES: usize = 256 * 1024;
+/// How long one of several servers may take to answer.
+const ANSWER: Duration = Duration::from_secs(10);
 /// How long the server may take to say which authority it has, when a start does not depend on it.
 const GLANCE: Duration = Duration::from_secs(5);
 
@@ -59,18 +65,21 @@ pub struct Cluster {
     pub embedded_registry: bool,
 }
 
-/// A node that has joined: how it reaches its server.
+/// A node that has joined: how it reaches its servers.
 pub struct Membership {
+    /// The one that the owner named.
     pub server: String,
+    pub servers: Arc<Servers>,
     pub node_name: String,
     pub cluster: Cluster,
     trusted_pem: RwLock<String>,
 }
 
 impl Membership {
-    fn new(server: &str, node_name: &str, cluster: Cluster, trusted_pem: String) -> Self {
+    pub fn new(servers: Arc<Servers>, node_name: &str, cluster: Cluster, trusted_pem: String) -> Self {
         Self {
-            server: server.to_string(),
+            server: servers.given().unwrap_or_default().to_string(),
+            servers,
             node_name: node_name.to_string(),
             cluster,
             trusted_pem: RwLock::new(trusted_pem),
@@ -80,6 +89,11 @@ impl Membership {
     /// All authorities that this node trusts, PEM.
     pub fn trusted(&self) -> String {
         self.trusted_pem.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A TLS connection, as this node, to the first server that answers.
+    pub async fn connect(&self, own: Arc<LiveCertificate>, protocol: &[u8]) -> Result<TlsStream<TcpStream>> {
+        self.servers.connect(&self.trusted(), own, protocol).await
     }
 
     pub fn trust(&self, pem: String) {
@@ -96,6 +110,15 @@ pub struct Refused {
     pub code: StatusCode,
     pub message: String,
     pub advice: &'static str,
+}
+
+/// The server is in trouble, or starts: it may say yes later, and another may now.
+#[derive(Debug, thiserror::Error)]
+#[error("{server} cannot answer node {node_name}: {message}")]
+pub struct Unable {
+    pub server: String,
+    pub node_name: String,
+    pub message: String,
 }
 
 const TOKEN_ADVICE: &str = ". The token is not known there: it has expired, was deleted, or the server's was changed by \
@@ -141,48 +164,104 @@ impl Files<'_> {
 fn write_kubeconfig(folder: &Path, server: &str, trusted_pem: &str, pair: &Pair) -> Result<()> {
     let kubeconfig = sampan_pki::kubeconfig::kubeconfig("sampan", server, trusted_pem, pair);
     let path = folder.join("kubelet.kubeconfig");
+    if std::fs::read_to_string(&path).is_ok_and(|kept| kept == kubeconfig) {
+        return Ok(());
+    }
     Ok(sampan_world::files::write_atomic(&path, kubeconfig.as_bytes(), 0o600)?)
+}
+
+/// Has the kubeconfig, which is for commands on this machine, name that server.
+pub fn name_in_kubeconfig(folder: &Path, membership: &Membership, server: &str) -> Result<()> {
+    let pair = Pair::load(&Files(folder).stem()).context("the node's certificate is gone")?;
+    write_kubeconfig(folder, server, &membership.trusted(), &pair)
 }
 
 /// Joins, or takes up an earlier membership from `folder` when its certificate has not expired.
 pub async fn join(
     folder: &Path,
-    server: &str,
+    servers: &Arc<Servers>,
     token: Option<&str>,
     node_name: &str,
 ) -> Result<(Membership, Pair)> {
     let files = Files(folder);
     let kept = files.load(node_name);
     let token = token.map(|token| JoinToken::parse(token).context("--token")).transpose()?;
+    let member = |cluster: Cluster, trusted| Membership::new(servers.clone(), node_name, cluster, trusted);
     if let Some((trusted, pair, cluster)) = &kept
         && pair.subject().is_some_and(|s| s.not_after > sampan_world::clock::now())
-        && !names_another_authority(server, token.as_ref(), trusted).await
+        && !names_another_authority(servers, token.as_ref(), trusted).await
     {
-        write_kubeconfig(folder, server, trusted, pair)?;
-        return Ok((Membership::new(server, node_name, cluster.clone(), trusted.clone()), pair.clone()));
+        write_kubeconfig(folder, &servers.first()?, trusted, pair)?;
+        return Ok((member(cluster.clone(), trusted.clone()), pair.clone()));
     }
     let trusted = kept.map(|(trusted, _, _)| trusted);
     let Some(token) = token else {
         bail!(
-            "joining {server} needs --token (see `sampan token create` on the server){}",
+            "joining {} needs --token (see `sampan token create` on the server){}",
+            servers.first()?,
             if trusted.is_some() { "; the certificate of an earlier join has expired" } else { "" }
         )
     };
-    let joined = by_token(folder, server, &token, node_name, trusted.as_deref()).await?;
-    files.save(server, &joined.trusted_pem, &joined.pair, &joined.cluster)?;
-    Ok((Membership::new(server, node_name, joined.cluster, joined.trusted_pem), joined.pair))
+    let (token, known) = (&token, trusted.as_deref());
+    let asked = |server: String| async move { by_token(folder, &server, token, node_name, known).await };
+    let (server, joined) = any(servers, asked).await?;
+    files.save(&server, &joined.trusted_pem, &joined.pair, &joined.cluster)?;
+    Ok((member(joined.cluster, joined.trusted_pem), joined.pair))
+}
+
+/// Asks servers in turn, until one says yes or no. Otherwise the first one's error is told: it is the one that the owner
+/// named, or that worked before.
+async fn any<T, F, Fut>(servers: &Servers, ask: F) -> Result<(String, T)>
+where
+    F: Fn(String) -> Fut,
+    Fut: Future<Output = Result<T>>,
+{
+    let (mut first, order) = (None, servers.order());
+    let is_alone = order.len() == 1;
+    for server in order {
+        // alone, there is nobody else to turn to, and TCP is patient
+        let asked = match is_alone {
+            true => ask(server.clone()).await,
+            false => match tokio::time::timeout(ANSWER, ask(server.clone())).await {
+                Ok(asked) => asked,
+                Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut))
+                    .with_context(|| format!("{server} did not answer within {} s", ANSWER.as_secs())),
+            },
+        };
+        match asked {
+            Ok(answer) => {
+                servers.worked(&server);
+                return Ok((server, answer));
+            }
+            Err(error) if !may_pass(&error) => return Err(error),
+            Err(error) => {
+                servers.failed(&server);
+                first.get_or_insert(error);
+            }
+        }
+    }
+    Err(first.unwrap_or_else(|| anyhow::anyhow!("no server is known")))
+}
+
+/// Whether asking again, or another server, may help: the server was not reached, or said that it is in trouble.
+pub fn may_pass(error: &anyhow::Error) -> bool {
+    error.chain().any(|e| e.is::<std::io::Error>() || e.is::<hyper::Error>() || e.is::<Unable>())
 }
 
 /// Whether the token was made for an authority that this node does not know, and the server has just that: it was
 /// replaced without the old one's signature, and the owner gave the new token. A server that does not answer, or has
 /// another one than the token says, is no reason to give up a membership that is good.
-async fn names_another_authority(server: &str, token: Option<&JoinToken>, trusted: &str) -> bool {
+async fn names_another_authority(servers: &Servers, token: Option<&JoinToken>, trusted: &str) -> bool {
     let Some(token) = token else { return false };
     if token.trusted(trusted).is_ok_and(|known| known.is_some()) {
         return false;
     }
-    let Ok(Ok(offered)) = tokio::time::timeout(GLANCE, fetch_authority(server)).await else { return false };
-    token.trusted(&offered).is_ok_and(|known| known.is_some())
+    for server in servers.order() {
+        if let Ok(Ok(offered)) = tokio::time::timeout(GLANCE, fetch_authority(&server)).await {
+            return token.trusted(&offered).is_ok_and(|known| known.is_some());
+        }
+    }
+    false
 }
 
 /// What a join brings.
@@ -250,9 +329,12 @@ async fn ask(
     }
     let (code, body) = send(server, Some(trusted_pem), own, request, body).await?;
     if code != StatusCode::OK {
-        let (server, node_name) = (server.to_string(), node_name.to_string());
+        let (server, node_name, message) = (server.to_string(), node_name.to_string(), message(&body));
+        if code.is_server_error() {
+            return Err(Unable { server, node_name, message }.into());
+        }
         let advice = if code == StatusCode::UNAUTHORIZED { advice } else { "" };
-        return Err(Refused { server, node_name, code, message: message(&body), advice }.into());
+        return Err(Refused { server, node_name, code, message, advice }.into());
     }
     let answer: JoinAnswer =
         serde_json::from_slice(&body).with_context(|| format!("the answer of {server}"))?;
@@ -272,31 +354,38 @@ pub async fn renew(
     own: Option<Arc<LiveCertificate>>,
     token: Option<&str>,
 ) -> Result<Pair> {
-    let Membership { server, node_name, .. } = membership;
-    let trusted = membership.trusted();
+    let asked = |server: String| {
+        let own = own.clone();
+        async move { renew_by(folder, &server, membership, own, token).await }
+    };
+    let (server, joined) = any(&membership.servers, asked).await?;
+    Files(folder).save(&server, &joined.trusted_pem, &joined.pair, &joined.cluster)?;
+    membership.trust(joined.trusted_pem);
+    Ok(joined.pair)
+}
+
+async fn renew_by(
+    folder: &Path,
+    server: &str,
+    membership: &Membership,
+    own: Option<Arc<LiveCertificate>>,
+    token: Option<&str>,
+) -> Result<Joined> {
+    let (node_name, trusted) = (&membership.node_name, membership.trusted());
     let mut refusal = None;
-    let mut joined = None;
     if let Some(own) = own {
         match ask(folder, server, node_name, &trusted, Proof::Certificate(own)).await {
-            Ok(answer) => joined = Some(answer),
+            Ok(joined) => return Ok(joined),
             Err(error) if error.is::<Refused>() => refusal = Some(error),
             Err(error) => return Err(error),
         }
     }
-    let joined = match (joined, token) {
-        (Some(joined), _) => joined,
-        (None, Some(token)) => {
-            let token = JoinToken::parse(token).context("--token")?;
-            by_token(folder, server, &token, node_name, Some(&trusted)).await?
-        }
-        (None, None) => {
-            let error = refusal.unwrap_or_else(|| anyhow::anyhow!("the node's certificate has expired"));
-            return Err(error.context("start this node with --token to have it join anew"));
-        }
+    let Some(token) = token else {
+        let error = refusal.unwrap_or_else(|| anyhow::anyhow!("the node's certificate has expired"));
+        return Err(error.context("start this node with --token to have it join anew"));
     };
-    Files(folder).save(server, &joined.trusted_pem, &joined.pair, &joined.cluster)?;
-    membership.trust(joined.trusted_pem);
-    Ok(joined.pair)
+    let token = JoinToken::parse(token).context("--token")?;
+    by_token(folder, server, &token, node_name, Some(&trusted)).await
 }
 
 /// The secret that proves that this machine is the one that used the node's name first.
@@ -339,17 +428,22 @@ pub fn address_of(server: &str) -> Result<(String, u16)> {
     }
 }
 
+/// The URL of the API that listens there.
+pub fn url_of(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("https://[{host}]:{port}") } else { format!("https://{host}:{port}") }
+}
+
 /// A TLS connection to the server; without authorities nothing is verified, which only fetching them may do.
 pub async fn connect(
     server: &str,
     trusted_pem: Option<&str>,
     own: Option<Arc<LiveCertificate>>,
     protocol: Option<&[u8]>,
-) -> Result<tokio_rustls::client::TlsStream<TcpStream>> {
+) -> Result<TlsStream<TcpStream>> {
     let (host, port) = address_of(server)?;
     let mut config = match trusted_pem {
         Some(pem) => sampan_pki::tls::client_config(&sampan_pki::certificate::certificates(pem)?, own)?,
-        None => unverified(),
+        None => (*sampan_pki::unverified::client_config()?).clone(),
     };
     config.alpn_protocols = protocol.map(<[u8]>::to_vec).into_iter().collect();
     let stream =
@@ -401,56 +495,6 @@ async fn send(
     Ok((status, body.to_bytes().to_vec()))
 }
 
-fn unverified() -> rustls::ClientConfig {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = Arc::new(Unverified(provider.clone()));
-    rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map(|b| b.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
-        .unwrap_or_else(|e| unreachable!("ring supports the default protocol versions: {e}"))
-}
-
-/// Takes any certificate: the authority is fetched with it, and then held against the token's hash.
-#[derive(Debug)]
-struct Unverified(Arc<rustls::crypto::CryptoProvider>);
-
-impl rustls::client::danger::ServerCertVerifier for Unverified {
-    fn verify_server_cert(
-        &self,
-        _: &rustls::pki_types::CertificateDer<'_>,
-        _: &[rustls::pki_types::CertificateDer<'_>],
-        _: &rustls::pki_types::ServerName<'_>,
-        _: &[u8],
-        _: rustls::pki_types::UnixTime,
-    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
-        Ok(rustls::client::danger::ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &rustls::pki_types::CertificateDer<'_>,
-        signature: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signature, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &rustls::pki_types::CertificateDer<'_>,
-        signature: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -461,6 +505,7 @@ mod tests {
         assert_eq!(address_of("https://[fd00::1]:7443").unwrap(), ("fd00::1".to_string(), 7443));
         assert!(address_of("http://x").unwrap_err().to_string().contains("expected https"));
         assert!(address_of("10.0.0.1:6443").is_err());
+        assert_eq!(url_of("fd00::1", 6443), "https://[fd00::1]:6443");
         assert_eq!(message(br#"{"kind":"Status","message":"no"}"#), "no");
         assert_eq!(message(b"plain\n"), "plain");
     }

@@ -5,14 +5,18 @@ use clap::{Parser, Subcommand};
 
 mod agent;
 mod agent_client;
+mod bootstrap_data;
 mod certificate;
 mod config_file;
+mod control_plane;
+mod datastore;
 mod fleet;
 mod folder_changes;
 mod image;
 mod join;
 mod kubelet_args;
 mod lab;
+mod leader;
 mod manifest;
 mod manifests;
 mod mirror;

@@ -17,6 +17,7 @@ use sampan_runtime::RuntimeOptions;
 use sampan_services::{Services, ServicesConfig};
 use sampan_telemetry::supervise;
 
+use crate::agent::tunnels;
 use crate::join::Cluster;
 use crate::mirror;
 
@@ -134,13 +135,20 @@ pub async fn wait_for_end() {
 /// A node that runs: what the server reaches of it.
 pub type KubeletApi = sampan_kubelet::api::Api;
 
+/// A node that was started.
+pub struct Started {
+    pub api: KubeletApi,
+    /// What it knows of the cluster, for whoever wants to know the same.
+    pub informers: Informers,
+}
+
 /// Puts the node together and starts it.
 pub async fn start(
     args: &NodeArgs,
     cluster: &Cluster,
     client: kube::Client,
     mirror: Option<mirror::Membership>,
-) -> Result<KubeletApi> {
+) -> Result<Started> {
     let (name, ip) = (args.name()?, args.ip()?);
     let data = args.data_dir.join("agent");
     std::fs::create_dir_all(&data).with_context(|| format!("making {}", data.display()))?;
@@ -205,7 +213,7 @@ pub async fn start(
     config.log_dir = PathBuf::from("/var/log");
     config.cgroup_root = PathBuf::from("/sys/fs/cgroup").join(&args.cgroup_root);
     crate::kubelet_args::apply(&mut config, &args.kubelet_arg)?;
-    let kubelet = Kubelet::new(config, client, informers, runtime.clone(), network);
+    let kubelet = Kubelet::new(config, client, informers.clone(), runtime.clone(), network);
     supervise("kubelet", {
         let kubelet = kubelet.clone();
         move || {
@@ -220,7 +228,7 @@ pub async fn start(
     }
     let builds = crate::image::build::served::on_node(args.data_dir.clone(), args.private_registry.clone());
     api.build_images(Arc::new(builds));
-    Ok(api)
+    Ok(Started { api, informers })
 }
 
 /// What only the start needed is soon given up, what a busy time needed some minutes later.
@@ -243,15 +251,19 @@ where
     move || task(value.clone())
 }
 
-/// The server's own node: reached in memory, through the same protocol as all others.
+/// The server's own node: reached in memory, through the same protocol as all others; and by other servers as nodes are.
 pub async fn start_local(
     args: &NodeArgs,
     cluster: &Cluster,
     client: kube::Client,
     nodes: &Arc<sampan_tunnel::Nodes>,
     mirror: Option<mirror::Membership>,
+    others: Option<tunnels::Others>,
 ) -> Result<()> {
-    let api = start(args, cluster, client, mirror).await?;
+    let Started { api, informers } = start(args, cluster, client, mirror).await?;
+    if let Some(others) = others {
+        tunnels::of_server(others, &api, &informers);
+    }
     let (nodes, name) = (nodes.clone(), args.name()?);
     supervise("local tunnel", move || {
         let (nodes, name, api) = (nodes.clone(), name.clone(), api.clone());

@@ -20,6 +20,9 @@ use crate::join::{AUTHORITY_CHANGES, AUTHORITY_PATH, Cluster, JoinAnswer, JoinRe
 use crate::mirror::Directory;
 use crate::programs::{self, Programs};
 
+/// Of the answer to a tunnel: where this server's API is, as the cluster lists it. What a node named may be another name
+/// of it, or lead to another server each time.
+pub const SERVER: &str = "sampan-server";
 /// Members of this group may join nodes: upstream's group of bootstrap tokens.
 pub const JOINERS: &str = "system:bootstrappers";
 /// What is answered here and not by the API server.
@@ -32,6 +35,8 @@ pub struct Endpoint {
     /// Known once the API server is; before that everything here is unavailable.
     pub access: std::sync::OnceLock<Access>,
     pub programs: Arc<Programs>,
+    /// Where this server's API is, as the cluster lists it.
+    pub advertise: std::net::SocketAddr,
 }
 
 pub struct Access {
@@ -139,6 +144,10 @@ impl Endpoint {
         response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static(sampan_tunnel::PROTOCOL));
         let shared = if self.cluster.embedded_registry { "true" } else { "false" };
         response.headers_mut().insert(crate::mirror::SETTING, HeaderValue::from_static(shared));
+        let myself = crate::join::url_of(&self.advertise.ip().to_string(), self.advertise.port());
+        if let Ok(myself) = HeaderValue::try_from(myself) {
+            response.headers_mut().insert(SERVER, myself);
+        }
         response
     }
 }

@@ -1,14 +1,16 @@
 //! `sampan apply`: a list of hosts made a cluster, several at a time.
 //!
 //! Upstream counterpart: running the script of `k3sup plan`. What stays true: all machines are looked at and judged
-//! before anything is changed on one; the server is Ready before an agent is told to join it.
+//! before anything is changed on one; servers are made one by one, and are Ready before an agent is told to join.
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
 use futures::StreamExt;
+use sampan_fleet::service::Role;
 use sampan_fleet::{Ask, HostEntry};
 
 use super::access::{Way, ask};
+use super::datastore::kept_token;
 use super::install;
 use super::node::{self, Prepared, Setup, Wanted};
 use super::plan::ListedCluster;
@@ -20,7 +22,7 @@ pub struct Args {
     list: ListedCluster,
     #[command(flatten)]
     setup: Setup,
-    /// Secret that nodes join with (default: the server makes one up)
+    /// Secret that nodes join with (default: one is made up)
     #[arg(long)]
     token: Option<String>,
     /// Machines worked on at a time
@@ -39,23 +41,18 @@ pub async fn run(args: &Args) -> Result<()> {
     let start = sampan_world::clock::monotonic();
     let plan = args.list.read()?;
     let (servers, agents) = plan.roles(args.list.layout.servers);
-    let Some((first, others)) = servers.split_first() else {
+    let Some(first) = servers.first().copied() else {
         return Err(Usage("no host of the list is a server".to_string()).into());
     };
-    if !others.is_empty() {
-        let text =
-            format!("{} servers: this version has one server in a cluster (--servers 1)", servers.len());
-        return Err(Usage(text).into());
+    args.list.layout.check(servers.len())?;
+    let mut members = Vec::new();
+    // the tokens are not known yet; what matters here is whether the arguments are right
+    let placeholder = args.token.as_deref().unwrap_or("token");
+    for entry in &servers {
+        let wanted = server(args, entry, Some(placeholder))?;
+        members.push(Member { entry, way: args.list.access.way_of(entry)?, wanted });
     }
-    let mut flags = args.list.layout.server_flags(first, false);
-    flags.token.clone_from(&args.token);
-    let mut members = vec![Member {
-        entry: first,
-        way: args.list.access.way_of(first)?,
-        wanted: flags.wanted(first.target())?,
-    }];
     for entry in agents {
-        // the token is not known yet; what matters here is whether the arguments are right
         let wanted = agent(args, entry, first, 6443, "token")?;
         members.push(Member { entry, way: args.list.access.way_of(entry)?, wanted });
     }
@@ -65,14 +62,23 @@ pub async fn run(args: &Args) -> Result<()> {
     let sent = each(args, prepared.iter().map(|p| node::send(p, &args.setup, alone))).await;
     let sent = all_or_first(sent)?;
 
-    let server = &prepared[0];
-    let settled = node::settle(server, &members[0].wanted, &args.setup, sent[0]).await?;
-    install::fetch(&server.host, &settled.effective.kubeconfig, first.target(), &args.list.out, false)
-        .await?;
-    let token =
-        node::read_root(&server.host, &format!("{}/server/node-token", settled.effective.data_dir)).await?;
+    let token = servers_token(args, &prepared[0]).await?;
+    let mut first_settled = None;
+    // one by one: the first makes the cluster, and each is Ready before the next begins
+    for ((prepared, member), sent) in prepared.iter().zip(&members).zip(&sent).take(servers.len()) {
+        let wanted = server(args, member.entry, token.as_deref())?;
+        let settled = node::settle(prepared, &wanted, &args.setup, *sent).await?;
+        if first_settled.is_none() {
+            let path = &settled.effective.kubeconfig;
+            install::fetch(&prepared.host, path, first.target(), &args.list.out, false).await?;
+            first_settled = Some(settled);
+        }
+    }
+    let Some(settled) = first_settled else { return Err(anyhow!("no server was set up")) };
+    let path = format!("{}/server/node-token", settled.effective.data_dir);
+    let token = node::read_root(&prepared[0].host, &path).await?;
     let (port, token) = (settled.effective.port, token.trim());
-    let rest = prepared.iter().zip(&members).zip(&sent).skip(1);
+    let rest = prepared.iter().zip(&members).zip(&sent).skip(servers.len());
     let joined = each(
         args,
         rest.map(|((prepared, member), sent)| async move {
@@ -81,14 +87,34 @@ pub async fn run(args: &Args) -> Result<()> {
         }),
     )
     .await;
-    let count = all_or_first(joined)?.len() + 1;
+    let count = all_or_first(joined)?.len() + servers.len();
     eprintln!("{count} nodes are set up, in {:.1} s", start.elapsed().as_secs_f64());
     Ok(())
 }
 
+/// What servers are given as their token: as asked for, as the first has it, or, where several need one, made up. `None`
+/// leaves it to the server.
+async fn servers_token(args: &Args, first: &Prepared) -> Result<Option<String>> {
+    if args.token.is_some() || !args.list.layout.datastore.is_given() {
+        return Ok(args.token.clone());
+    }
+    let there = node::look(&first.host, &Wanted::nothing_new(Role::Server)).await?;
+    if let Some(token) = kept_token(&first.host, &there).await? {
+        return Ok(Some(token));
+    }
+    let mut bytes = [0; 16];
+    sampan_world::random::fill(&mut bytes);
+    Ok(Some(bytes.iter().map(|b| format!("{b:02x}")).collect()))
+}
+
+fn server(args: &Args, entry: &HostEntry, token: Option<&str>) -> Result<Wanted> {
+    let token = token.filter(|_| args.token.is_some() || args.list.layout.datastore.is_given());
+    args.list.layout.server_flags(entry, token.map(String::from)).wanted(entry.target())
+}
+
 fn agent(args: &Args, entry: &HostEntry, server: &HostEntry, port: u16, token: &str) -> Result<Wanted> {
     let extra_args = args.list.layout.extra_args(entry, &args.list.layout.agent_extra_args);
-    join::wanted(&join::url_of(server.target(), port), token, &extra_args)
+    join::wanted(&crate::join::url_of(server.target(), port), token, &extra_args)
 }
 
 /// Several at a time, answers in order.

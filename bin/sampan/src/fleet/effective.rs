@@ -16,6 +16,8 @@ pub struct Effective {
     /// The server's own kubeconfig.
     pub kubeconfig: String,
     pub runs_node: bool,
+    /// Flags that were given, by their names.
+    pub given: Vec<(String, Value)>,
 }
 
 fn command(role: Role) -> Command {
@@ -54,7 +56,8 @@ fn flags(config: &Mapping) -> Vec<String> {
 
 pub fn of(role: Role, config: &Mapping, args: &[String]) -> Result<Effective> {
     let words = flags(config).into_iter().chain(args.iter().cloned());
-    let matches = command(role).try_get_matches_from(words).map_err(|error| {
+    let mut command = command(role);
+    let matches = command.try_get_matches_from_mut(words).map_err(|error| {
         let text = error.to_string();
         let told = text.trim_start_matches("error: ").lines().next().unwrap_or_default().to_string();
         Usage(format!("sampan {} would not take these flags: {told}", role.verb()))
@@ -69,6 +72,7 @@ pub fn of(role: Role, config: &Mapping, args: &[String]) -> Result<Effective> {
         node_name: raw("node_name"),
         kubeconfig: raw("write_kubeconfig").unwrap_or_else(|| "/etc/sampan/sampan.yaml".to_string()),
         runs_node: !matches.try_get_one::<bool>("disable_agent").ok().flatten().copied().unwrap_or(false),
+        given: super::datastore::given(&command, &matches),
     })
 }
 
@@ -92,6 +96,12 @@ mod tests {
         assert_eq!(got.node_name.as_deref(), Some("n"));
         let plain = of(Role::Agent, &config("server: https://a:6443\ntoken: t"), &[]).unwrap();
         assert_eq!((plain.data_dir.as_str(), plain.runs_node), ("/var/lib/sampan", true));
+        let text = "tls-san: [a, b]\nembedded-registry: true\ndatastore-endpoint: http://e:2379\ntoken: t";
+        let shared = of(Role::Server, &config(text), &["--cluster-cidr=10.9.0.0/16".to_string()]).unwrap();
+        let given =
+            serde_yaml_ng::to_value(shared.given.into_iter().collect::<std::collections::BTreeMap<_, _>>());
+        let want = "{cluster-cidr: 10.9.0.0/16, datastore-endpoint: 'http://e:2379', embedded-registry: true, tls-san: [a, b], token: t}";
+        assert_eq!(given.unwrap(), serde_yaml_ng::from_str::<Value>(want).unwrap());
         let wrong = of(Role::Server, &Mapping::new(), &["--no-such".to_string()]).unwrap_err();
         assert!(wrong.to_string().contains("--no-such") && wrong.is::<Usage>(), "{wrong}");
         assert!(has_flag(Role::Server, "tls-san") && !has_flag(Role::Agent, "tls-san"));

@@ -27,7 +27,7 @@ pub async fn run(args: &Args) -> Result<()> {
     let host = args.target.host();
     let way = if args.local { Way::local() } else { args.access.way(&host)? };
     let reached = way.reach(&ask()).await?;
-    let nothing = Wanted { role: Role::Server, config: Vec::new(), extra_args: Vec::new() };
+    let nothing = Wanted::nothing_new(Role::Server);
     let path = node::look(&reached, &nothing).await?.kubeconfig;
     install::fetch(&reached, &path, &host, &args.out, args.print_command).await
 }

@@ -7,6 +7,7 @@ use sampan_fleet::{Host, kubeconfig, words};
 use serde_yaml_ng::Value;
 
 use super::access::{self, Access, Target, Way, ask};
+use super::datastore::{DatastoreFlags, SEVERAL};
 use super::node::{self, Setup, Wanted};
 use super::{Usage, effective};
 
@@ -55,12 +56,11 @@ pub struct ServerFlags {
     /// Secret that nodes join with (default: the server makes one up)
     #[arg(long)]
     pub token: Option<String>,
-    /// Start a cluster of several servers with embedded consensus
-    #[arg(long)]
+    /// Accepted for k3sup's scripts: there is no embedded etcd, several servers need --datastore
+    #[arg(long, hide = true)]
     pub cluster: bool,
-    /// Where the cluster's state is kept, for several servers
-    #[arg(long)]
-    pub datastore: Option<String>,
+    #[command(flatten)]
+    pub datastore: DatastoreFlags,
     /// Leave out what the server brings besides Kubernetes itself (load balancer, ingress)
     #[arg(long)]
     pub no_extras: bool,
@@ -82,41 +82,31 @@ impl ServerFlags {
     /// What these flags come to on a server that is reached as `host`.
     pub fn wanted(&self, host: &str) -> Result<Wanted> {
         let lacking = |flag: &str, why: &str| Usage(format!("{flag}: {why}"));
-        let has = |long: &str| effective::has_flag(Role::Server, long);
         let mut names = vec![Value::from(host)];
         names.extend(self.tls_san.iter().filter(|n| !n.is_empty()).map(|n| Value::from(n.as_str())));
         let mut config = vec![("tls-san".to_string(), Value::Sequence(names))];
-        let mut put = |key: &str, value: Value| config.push((key.to_string(), value));
+        let datastore = self.datastore.read()?;
+        if datastore.is_some() && self.token.is_none() {
+            return Err(lacking("--datastore", "needs --token, the same for all servers").into());
+        }
+        // who gives both has what several servers need
+        if self.cluster && datastore.is_none() {
+            return Err(lacking("--cluster", &format!("several {SEVERAL}")).into());
+        }
         if let Some(token) = &self.token {
-            put("token", token.as_str().into());
-        }
-        if let Some(datastore) = &self.datastore {
-            if self.token.is_none() {
-                return Err(lacking("--datastore", "needs --token, the same for all servers").into());
-            }
-            if !has("datastore-endpoint") {
-                return Err(lacking(
-                    "--datastore",
-                    "this version keeps its state in SQLite on one server only",
-                )
-                .into());
-            }
-            put("datastore-endpoint", datastore.as_str().into());
-        }
-        if self.cluster {
-            if !has("cluster-init") {
-                return Err(lacking("--cluster", "this version has no embedded consensus; one server is a cluster already, leave the flag out").into());
-            }
-            put("cluster-init", true.into());
+            config.push(("token".to_string(), token.as_str().into()));
         }
         if self.ipsec {
             return Err(lacking("--ipsec", "nodes' traffic is not encrypted by IPsec here").into());
         }
-        if self.no_extras && has("disable") {
-            put("disable", Value::Sequence(vec!["servicelb".into(), "traefik".into()]));
+        if self.no_extras && effective::has_flag(Role::Server, "disable") {
+            config.push(("disable".to_string(), Value::Sequence(vec!["servicelb".into(), "traefik".into()])));
         }
         let extra_args = words::split(&self.extra_args).map_err(|e| Usage(format!("--extra-args {e}")))?;
-        let wanted = Wanted { role: Role::Server, config, extra_args };
+        let mut wanted = Wanted { role: Role::Server, config, extra_args, files: Vec::new() };
+        if let Some(datastore) = datastore {
+            datastore.put(&mut wanted);
+        }
         wanted.check()?;
         Ok(wanted)
     }
@@ -180,13 +170,20 @@ mod tests {
         let wanted = args.server.wanted(&args.target.host()).unwrap();
         assert_eq!(wanted.extra_args, ["--data-dir", "/mnt/ssd", "--node-label", "x=y"]);
         assert_eq!(serde_yaml_ng::to_string(&wanted.config[0].1).unwrap(), "- pi.lan\n- a\n- b\n");
+        let args = parse::<Args>("--ip 10.0.0.5 --datastore http://10.0.0.9:2379 --token T --cluster");
+        let wanted = args.server.wanted(&args.target.host()).unwrap();
+        let keys: Vec<&str> = wanted.config.iter().map(|(key, _)| key.as_str()).collect();
+        assert_eq!(keys, ["tls-san", "token", "datastore-endpoint"]);
         assert!(parse::<Args>("--skip-install --ssh-port 2222 --print-command --no-extras").skip_install);
     }
 
     #[test]
     fn flags_that_do_not_fit() {
         for (line, want) in [
-            ("--datastore mysql://x", "--token"),
+            ("--datastore http://e:2379", "--token"),
+            ("--datastore mysql://x --token t", "expected the etcd's http://HOST:2379"),
+            ("--datastore-cafile /x --token t", "goes with --datastore"),
+            ("--cluster", "name it with --datastore"),
             ("--extra-args '--no-such-flag'", "--no-such-flag"),
             ("--server-args \"'\"", "not closed"),
             ("--ipsec", "--ipsec"),

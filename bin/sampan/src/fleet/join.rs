@@ -1,15 +1,21 @@
-//! `sampan join`: an agent on a machine, joined to a server. Upstream counterpart: k3sup's cmd/join.go.
+//! `sampan join`: an agent, or another server, on a machine, joined to a server. Upstream counterpart: k3sup's cmd/join.go.
+//!
+//! Another server gets what all have in common from the first: datastore, its TLS files, token, and the flags that must be
+//! equal. Deliberate difference: k3sup has servers join by embedded etcd, these share an etcd that is there.
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use sampan_fleet::service::Role;
-use sampan_fleet::words;
+use sampan_fleet::{Ask, Host, words};
 use serde_yaml_ng::Value;
 
 use super::access::{Access, Target, ask};
+use super::datastore::{Common, DatastoreFlags, servers_token};
+use super::install::ServerFlags;
 use super::node::{self, Setup, Wanted};
-use super::{Usage, effective, tell};
+use super::{Usage, tell};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -21,9 +27,11 @@ pub struct Args {
     joined: JoinedServer,
     #[command(flatten)]
     setup: Setup,
-    /// Join as another server
+    /// Join as another server, which shares the first one's datastore
     #[arg(long)]
     server: bool,
+    #[command(flatten)]
+    datastore: DatastoreFlags,
     /// Leave out what servers bring besides Kubernetes itself; with --server only
     #[arg(long)]
     no_extras: bool,
@@ -33,7 +41,7 @@ pub struct Args {
     /// Install nothing, only say what would be done
     #[arg(long)]
     skip_install: bool,
-    /// Arguments for `sampan agent`, in quotes
+    /// Arguments for `sampan agent` (or `sampan server`), in quotes
     #[arg(
         long,
         visible_alias = "agent-args",
@@ -72,7 +80,7 @@ pub struct JoinedServer {
     /// Where the server keeps its data
     #[arg(long, default_value = "/var/lib/sampan")]
     server_data_dir: String,
-    /// The token, when it is known: the server is not logged in to then
+    /// The token, when it is known: the server is not logged in to then (with --server: when --datastore is given, too)
     #[arg(long)]
     node_token: Option<String>,
     /// File with the token
@@ -96,7 +104,7 @@ impl JoinedServer {
                 crate::join::address_of(url).map_err(|e| Usage(format!("--server-url: {e:#}")))?;
                 Ok(url.clone())
             }
-            None => Ok(url_of(&self.host()?, 6443)),
+            None => Ok(crate::join::url_of(&self.host()?, 6443)),
         }
     }
 
@@ -115,64 +123,106 @@ impl JoinedServer {
     }
 }
 
-pub fn url_of(host: &str, port: u16) -> String {
-    if host.contains(':') { format!("https://[{host}]:{port}") } else { format!("https://{host}:{port}") }
-}
-
 /// An agent of the server at `url`.
 pub fn wanted(url: &str, token: &str, extra_args: &str) -> Result<Wanted> {
     let config = vec![("server".to_string(), Value::from(url)), ("token".to_string(), Value::from(token))];
     let extra_args = words::split(extra_args).map_err(|e| Usage(format!("--extra-args {e}")))?;
-    let wanted = Wanted { role: Role::Agent, config, extra_args };
+    let wanted = Wanted { role: Role::Agent, config, extra_args, files: Vec::new() };
     wanted.check()?;
     Ok(wanted)
 }
 
+impl Args {
+    fn check(&self) -> Result<()> {
+        let for_servers = [
+            ("--no-extras", self.no_extras),
+            ("--tls-san", !self.tls_san.is_empty()),
+            ("--datastore", !self.datastore.given().is_empty()),
+        ];
+        if let Some((flag, _)) = for_servers.iter().find(|(_, given)| *given && !self.server) {
+            return Err(Usage(format!("{flag} can only be used with --server")).into());
+        }
+        if !self.joined.server_data_dir.starts_with('/') {
+            return Err(Usage("--server-data-dir must begin with /".to_string()).into());
+        }
+        Ok(())
+    }
+
+    /// The server that is there, logged in to.
+    async fn first_server(&self, ask: &Arc<dyn Ask>) -> Result<Host> {
+        let mut access = self.access.clone();
+        access.user = self.joined.server_user.clone().unwrap_or(access.user);
+        access.ssh_port = self.joined.server_ssh_port.unwrap_or(access.ssh_port);
+        access.ssh_key = self.joined.server_ssh_key.clone().or(access.ssh_key);
+        access.host_key.clone_from(&self.joined.server_host_key);
+        access.way(&self.joined.host()?)?.reach(ask).await
+    }
+
+    async fn agent_wanted(&self, ask: &Arc<dyn Ask>) -> Result<Wanted> {
+        let url = self.joined.url()?;
+        wanted(&url, "token", &self.extra_args)?;
+        tell(&self.target.host(), &format!("joins {url}"));
+        let token = match self.joined.known_token()? {
+            Some(token) => token,
+            None => {
+                let server = self.first_server(ask).await?;
+                let path = format!("{}/server/node-token", self.joined.server_data_dir.trim_end_matches('/'));
+                if self.setup.print_command {
+                    eprintln!("{}: cat {path}", server.name);
+                }
+                let text = node::read_root(&server, &path).await;
+                let text = text.context(
+                    "the token of the server (is it installed? --server-data-dir names another folder)",
+                )?;
+                text.trim().to_string()
+            }
+        };
+        wanted(&url, &token, &self.extra_args)
+    }
+
+    /// What the servers have in common: as given, else as the first one has it.
+    async fn common(&self, ask: &Arc<dyn Ask>) -> Result<Common> {
+        let token = self.joined.known_token()?.map(|token| servers_token(&token)).transpose()?;
+        Ok(match (self.datastore.read()?, token) {
+            (Some(datastore), Some(token)) => Common { datastore, token, equal: Vec::new() },
+            (datastore, token) => {
+                let first = Common::of_server(&self.first_server(ask).await?).await?;
+                Common {
+                    datastore: datastore.unwrap_or(first.datastore),
+                    token: token.unwrap_or(first.token),
+                    equal: first.equal,
+                }
+            }
+        })
+    }
+
+    fn server_wanted(&self, common: &Common) -> Result<Wanted> {
+        let flags = ServerFlags {
+            tls_san: self.tls_san.clone(),
+            no_extras: self.no_extras,
+            extra_args: self.extra_args.clone(),
+            ..ServerFlags::default()
+        };
+        let mut wanted = flags.wanted(&self.target.host())?;
+        common.put(&mut wanted);
+        wanted.check()?;
+        Ok(wanted)
+    }
+}
+
 pub async fn run(args: &Args) -> Result<()> {
     args.setup.note_k3s_flags();
-    if args.server {
-        // a second server needs a state that is shared
-        let able = effective::has_flag(Role::Server, "server");
-        let why = match able {
-            true => "give a second server by `sampan install --datastore …` with the same --token",
-            false => "this version has one server in a cluster",
-        };
-        return Err(Usage(format!("--server: {why}")).into());
-    }
-    if args.no_extras || !args.tls_san.is_empty() {
-        let flag = if args.no_extras { "--no-extras" } else { "--tls-san" };
-        return Err(Usage(format!("{flag} can only be used with --server")).into());
-    }
-    if !args.joined.server_data_dir.starts_with('/') {
-        return Err(Usage("--server-data-dir must begin with /".to_string()).into());
-    }
-    let (server_host, url) = (args.joined.host()?, args.joined.url()?);
-    let host = args.target.host();
-    wanted(&url, "token", &args.extra_args)?;
+    args.check()?;
+    let (server_host, host) = (args.joined.host()?, args.target.host());
     let way = args.access.way(&host)?;
     let ask = ask();
-    tell(&host, &format!("joins {url}"));
-    let token = match args.joined.known_token()? {
-        Some(token) => token,
-        None => {
-            let mut access = args.access.clone();
-            access.user = args.joined.server_user.clone().unwrap_or(access.user);
-            access.ssh_port = args.joined.server_ssh_port.unwrap_or(access.ssh_port);
-            access.ssh_key = args.joined.server_ssh_key.clone().or(access.ssh_key);
-            access.host_key.clone_from(&args.joined.server_host_key);
-            let server = access.way(&server_host)?.reach(&ask).await?;
-            let path = format!("{}/server/node-token", args.joined.server_data_dir.trim_end_matches('/'));
-            if args.setup.print_command {
-                eprintln!("{server_host}: cat {path}");
-            }
-            let text = node::read_root(&server, &path).await;
-            let text = text.context(
-                "the token of the server (is it installed? --server-data-dir names another folder)",
-            )?;
-            text.trim().to_string()
+    let wanted = match args.server {
+        true => {
+            tell(&host, &format!("joins {server_host} as another server"));
+            args.server_wanted(&args.common(&ask).await?)?
         }
+        false => args.agent_wanted(&ask).await?,
     };
-    let wanted = wanted(&url, &token, &args.extra_args)?;
     if args.skip_install {
         tell(&host, "nothing is installed, as --skip-install says");
         return Ok(());
@@ -201,9 +251,35 @@ mod tests {
         assert_eq!(wanted.config[0].1, Value::from("https://b:6443"));
         let args = parse::<Args>("--ip 10.0.0.6 --server-url https://[fd00::1]:7443");
         assert_eq!(args.joined.host().unwrap(), "fd00::1");
-        assert_eq!(url_of("fd00::1", 6443), "https://[fd00::1]:6443");
+        let args = parse::<Args>(
+            "--user pi --ip 10.0.0.6 --server --server-ip 10.0.0.5 --server-data-dir /d --tls-san x",
+        );
+        assert!(args.server && args.tls_san == ["x"]);
         assert!(parse::<Args>("--ip 10.0.0.6").joined.host().is_err());
         assert!(parse::<Args>("--server-url http://x").joined.url().is_err());
         assert!(super::wanted("https://b:6443", "T", "--tls-san x").is_err());
+        for (line, want) in [
+            ("--tls-san x", "--tls-san can only be used with --server"),
+            ("--no-extras", "--no-extras can only"),
+            ("--datastore http://e:2379", "--datastore can only"),
+        ] {
+            let args = parse::<Args>(&format!("--ip 10.0.0.6 --server-ip 10.0.0.5 {line}"));
+            assert!(args.check().unwrap_err().to_string().contains(want), "{line}");
+        }
+    }
+
+    #[test]
+    fn another_server() {
+        let line = "--host new --server --server-host old --tls-san x --datastore https://e:2379 --extra-args '--debug'";
+        let args: Args = parse(line);
+        args.check().unwrap();
+        let datastore = args.datastore.read().unwrap().unwrap();
+        let equal = vec![("cluster-cidr".to_string(), Value::from("10.9.0.0/16"))];
+        let wanted = args.server_wanted(&Common { datastore, token: "T".into(), equal }).unwrap();
+        let config: serde_yaml_ng::Mapping = wanted.config.into_iter().map(|(k, v)| (k.into(), v)).collect();
+        let want =
+            "tls-san: [new, x]\ntoken: T\ncluster-cidr: 10.9.0.0/16\ndatastore-endpoint: https://e:2379";
+        assert_eq!(Value::Mapping(config), serde_yaml_ng::from_str::<Value>(want).unwrap());
+        assert_eq!((wanted.role, wanted.extra_args), (Role::Server, vec!["--debug".to_string()]));
     }
 }

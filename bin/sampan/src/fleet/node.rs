@@ -8,8 +8,8 @@ use sampan_fleet::binary::{self, Binary};
 use sampan_fleet::machine::Root;
 use sampan_fleet::preflight::{self, Purpose, Severity};
 use sampan_fleet::ready::{self, Wait};
-use sampan_fleet::service::{CONFIG, Role, Service};
-use sampan_fleet::{Ask, Host, Installation, install};
+use sampan_fleet::service::{CONFIG, Role, Service, Written};
+use sampan_fleet::{Ask, Host, Installation, install, words};
 use serde_yaml_ng::{Mapping, Value};
 
 use super::access::Way;
@@ -63,9 +63,16 @@ pub struct Wanted {
     pub role: Role,
     pub config: Vec<(String, Value)>,
     pub extra_args: Vec<String>,
+    /// Files that the configuration names.
+    pub files: Vec<Written>,
 }
 
 impl Wanted {
+    /// What is there already.
+    pub fn nothing_new(role: Role) -> Self {
+        Self { role, config: Vec::new(), extra_args: Vec::new(), files: Vec::new() }
+    }
+
     /// Refuses flags that the program would refuse, before any machine is touched.
     pub fn check(&self) -> Result<()> {
         effective::of(
@@ -231,7 +238,7 @@ pub async fn settle(
         args: wanted.extra_args.clone(),
     };
     if setup.print_command {
-        let words = sampan_fleet::words::quote_all(&wanted.extra_args);
+        let words = words::quote_all(&wanted.extra_args);
         eprintln!(
             "{}: {} {} {words} # flags besides: {CONFIG}",
             host.name,
@@ -239,7 +246,8 @@ pub async fn settle(
             wanted.role.verb()
         );
     }
-    let installation = Installation { service: service.clone(), config: wanted.config.clone() };
+    let installation =
+        Installation { service: service.clone(), config: wanted.config.clone(), files: wanted.files.clone() };
     let changed = install::configure(host, &installation).await?;
     let node = name_of(host, &effective);
     let heard = ready::last_heard(host, &kubeconfig_path(wanted.role, &effective), &node).await;
@@ -307,4 +315,52 @@ pub async fn wait(
 pub async fn read_root(host: &Host, path: &str) -> Result<String> {
     let what = format!("reading {path}");
     Ok(host.root(&what, "cat \"$1\"", &[path]).await?)
+}
+
+/// The arguments of the service as it is.
+pub async fn running_args(host: &Host, role: Role) -> Result<Vec<String>> {
+    let service = Service { role, bin_dir: String::new(), data_dir: String::new(), args: Vec::new() };
+    let text = read_root(host, &service.path(host.facts.init)).await?;
+    Ok(args_of(&text, role))
+}
+
+/// What stands behind the subcommand in a service's file, whichever init it is for.
+fn args_of(text: &str, role: Role) -> Vec<String> {
+    let of_line = |line: &str| {
+        if let Some(line) = line.strip_prefix("ExecStart=") {
+            let words = words::split(line).ok()?;
+            return Some(words.iter().map(|w| w.replace("%%", "%").replace("$$", "$")).collect::<Vec<_>>());
+        }
+        if let Some(line) = line.strip_prefix("command_args=") {
+            // one word that is evaluated once more
+            return words::split(words::split(line).ok()?.first()?).ok();
+        }
+        words::split(line.strip_prefix("\"$PROGRAM\"")?.strip_suffix('&')?).ok()
+    };
+    let all = text.lines().map(str::trim).filter_map(of_line).next_back().unwrap_or_default();
+    all.into_iter().skip_while(|w| w != role.verb()).skip(1).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sampan_fleet::facts::Init;
+
+    #[test]
+    fn a_services_arguments_are_found_again() {
+        let args = ["--node-label=a=it's 5 % $x", "--data-dir", "/mnt/a b"].map(String::from).to_vec();
+        for (init, args) in [Init::Systemd, Init::OpenRc, Init::Sysv]
+            .into_iter()
+            .flat_map(|i| [(i, args.clone()), (i, Vec::new())])
+        {
+            let service = Service {
+                role: Role::Agent,
+                bin_dir: "/usr/local/bin".to_string(),
+                data_dir: "/mnt/a b".to_string(),
+                args: args.clone(),
+            };
+            let file = service.files(init).pop().unwrap();
+            assert_eq!(args_of(&file.text, Role::Agent), args, "{}", file.text);
+        }
+    }
 }

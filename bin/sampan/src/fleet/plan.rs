@@ -1,18 +1,24 @@
 //! `sampan plan`: a list of hosts turned into the commands that make a cluster of them, as a script to read and to keep.
-//! Upstream counterpart: k3sup's cmd/plan.go. Deliberate difference: one server unless --servers says otherwise.
+//! Upstream counterpart: k3sup's cmd/plan.go. Deliberate differences: one server unless --servers says otherwise; several
+//! share the etcd that --datastore names.
 use std::path::PathBuf;
 
 use anyhow::Result;
 use sampan_fleet::{HostEntry, Plan, words};
 
+use super::Usage;
 use super::access::{Access, read_plan};
+use super::datastore::{DatastoreFlags, SEVERAL};
 use super::install::{KubeconfigOut, ServerFlags};
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     list: ListedCluster,
-    /// Join nodes at the same time, in the background
+    /// Secret that nodes join with (default: the server makes one up); several servers need one
+    #[arg(long)]
+    token: Option<String>,
+    /// Join agents at the same time, in the background
     #[arg(long)]
     background: bool,
 }
@@ -40,12 +46,14 @@ impl ListedCluster {
 #[derive(Clone, clap::Args)]
 #[command(next_help_heading = "Cluster")]
 pub struct Layout {
-    /// How many hosts without a role of their own are servers
+    /// How many hosts without a role of their own are servers; several need --datastore
     #[arg(long, default_value_t = 1)]
     pub servers: usize,
     /// Take so many hosts of the list; 0 takes all
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
+    #[command(flatten)]
+    pub datastore: DatastoreFlags,
     /// More names or addresses for the API's certificate, separated by commas
     #[arg(long, value_delimiter = ',')]
     pub tls_san: Vec<String>,
@@ -58,6 +66,14 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// Refuses what cannot be, before any machine is touched.
+    pub fn check(&self, servers: usize) -> Result<()> {
+        match servers > 1 && !self.datastore.is_given() {
+            true => Err(Usage(format!("{servers} servers: {SEVERAL} (or take --servers 1)")).into()),
+            false => Ok(()),
+        }
+    }
+
     pub fn hosts(&self, mut plan: Plan) -> Plan {
         if self.limit > 0 {
             plan.hosts.truncate(self.limit);
@@ -76,10 +92,11 @@ impl Layout {
         args.join(" ")
     }
 
-    pub fn server_flags(&self, host: &HostEntry, several: bool) -> ServerFlags {
+    pub fn server_flags(&self, host: &HostEntry, token: Option<String>) -> ServerFlags {
         ServerFlags {
             tls_san: self.tls_san.clone(),
-            cluster: several,
+            token,
+            datastore: self.datastore.clone(),
             extra_args: self.extra_args(host, &self.server_extra_args),
             ..ServerFlags::default()
         }
@@ -87,20 +104,24 @@ impl Layout {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    print!("{}", script(args, args.list.read()?));
+    print!("{}", script(args, args.list.read()?)?);
     Ok(())
 }
 
-fn script(args: &Args, plan: Plan) -> String {
+fn script(args: &Args, plan: Plan) -> Result<String> {
     let ListedCluster { layout, out, .. } = &args.list;
     let (servers, agents) = plan.roles(layout.servers);
     let mut text = "#!/bin/sh\nset -e\n".to_string();
-    let Some((first, others)) = servers.split_first() else { return text };
+    let Some((first, others)) = servers.split_first() else { return Ok(text) };
+    layout.check(servers.len())?;
+    // the first one's flags fit, or no machine is touched
+    layout.server_flags(first, args.token.clone()).wanted(first.target())?;
     let san = layout.tls_san.join(",");
     let mut install = line("sampan install", args, first);
-    if !others.is_empty() {
-        install.push("--cluster".to_string());
-    }
+    install.extend(args.token.as_ref().map(|token| format!("--token {}", words::quote(token))));
+    let datastore = layout.datastore.given();
+    let datastore = || datastore.iter().map(|(flag, value)| format!("--{flag} {}", words::quote(value)));
+    install.extend(datastore());
     install.push(format!("--local-path {}", words::quote(&out.local_path.display().to_string())));
     install.push(format!("--context {}", words::quote(&out.context)));
     install.extend((!san.is_empty()).then(|| format!("--tls-san {}", words::quote(&san))));
@@ -117,10 +138,12 @@ fn script(args: &Args, plan: Plan) -> String {
         let all = if server { &layout.server_extra_args } else { &layout.agent_extra_args };
         if server {
             join.push("--server".to_string());
+            join.extend(datastore());
             join.extend((!san.is_empty()).then(|| format!("--tls-san {}", words::quote(&san))));
         }
         join.extend(extra(&layout.extra_args(host, all)));
-        let (kind, end) = (if server { "server" } else { "agent" }, if args.background { " &" } else { "" });
+        let kind = if server { "server" } else { "agent" };
+        let end = if args.background && !server { " &" } else { "" };
         text.push_str(&format!(
             "\necho \"Setting up {kind} {}\"\n{}{end}\n",
             host.shown(),
@@ -130,7 +153,7 @@ fn script(args: &Args, plan: Plan) -> String {
     if args.background {
         text.push_str("\nwait\n");
     }
-    text
+    Ok(text)
 }
 
 fn extra(args: &str) -> Option<String> {
@@ -185,21 +208,29 @@ mod tests {
 
     #[test]
     fn a_script() {
-        let line = "hosts.json --user ubuntu --servers 2 --limit 3 --tls-san 10.0.0.100 --merge --background \
-                    --server-k3s-extra-args '--node-taint a=b:NoSchedule'";
+        let line = "hosts.json --user ubuntu --servers 2 --limit 3 --tls-san 10.0.0.100 --merge --background --token 'a b' \
+                    --datastore http://10.0.0.9:2379 --server-k3s-extra-args '--node-taint a=b:NoSchedule'";
         let args: Args = parse(line);
         let list = "[{hostname: n1, ip: 10.0.0.1}, {ip: 10.0.0.2, ssh-port: 2222}, {ip: 10.0.0.3, user: pi, node-label: [\"a=b c\"]}, {ip: 10.0.0.4}]";
-        let text = script(&args, args.list.layout.hosts(Plan::parse("f", list).unwrap()));
+        let text = script(&args, args.list.layout.hosts(Plan::parse("f", list).unwrap())).unwrap();
         for want in [
             "#!/bin/sh\nset -e\n",
-            "echo \"Setting up server n1\"\nsampan install --host 10.0.0.1 \\\n  --user ubuntu \\\n  --cluster \\\n  --local-path kubeconfig \\\n  --context default \\\n  --tls-san 10.0.0.100 \\\n  --merge \\\n  --extra-args '--node-taint a=b:NoSchedule'\n",
+            "echo \"Setting up server n1\"\nsampan install --host 10.0.0.1 \\\n  --user ubuntu \\\n  --token 'a b' \\\n  --datastore http://10.0.0.9:2379 \\\n  --local-path kubeconfig \\\n  --context default \\\n  --tls-san 10.0.0.100 \\\n  --merge \\\n  --extra-args '--node-taint a=b:NoSchedule'\n",
             "NODE_TOKEN=$(sampan node-token --host 10.0.0.1 --user ubuntu)\n",
-            "sampan join --host 10.0.0.2 \\\n  --user ubuntu \\\n  --ssh-port 2222 \\\n  --server-host 10.0.0.1 \\\n  --node-token \"$NODE_TOKEN\" \\\n  --server \\\n  --tls-san 10.0.0.100 \\\n  --extra-args '--node-taint a=b:NoSchedule' &\n",
+            "sampan join --host 10.0.0.2 \\\n  --user ubuntu \\\n  --ssh-port 2222 \\\n  --server-host 10.0.0.1 \\\n  --node-token \"$NODE_TOKEN\" \\\n  --server \\\n  --datastore http://10.0.0.9:2379 \\\n  --tls-san 10.0.0.100 \\\n  --extra-args '--node-taint a=b:NoSchedule'\n",
             "sampan join --host 10.0.0.3 \\\n  --user pi \\\n  --server-host 10.0.0.1 \\\n  --node-token \"$NODE_TOKEN\" \\\n  --extra-args ''\\''--node-label=a=b c'\\''' &\n",
             "\nwait\n",
         ] {
             assert!(text.contains(want), "{want}\nin\n{text}");
         }
         assert!(!text.contains("10.0.0.4"));
+        let two = || Plan::parse("f", "[{ip: 10.0.0.1}, {ip: 10.0.0.2}]").unwrap();
+        for (line, want) in [
+            ("hosts.json --servers 2", "2 servers: servers share an etcd: name it with --datastore"),
+            ("hosts.json --servers 2 --datastore http://e:2379", "needs --token"),
+        ] {
+            let refused = script(&parse::<Args>(line), two()).unwrap_err();
+            assert!(refused.is::<Usage>() && refused.to_string().contains(want), "{refused}");
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! `sampan uninstall`: machines as they were. Upstream counterpart: running k3s-uninstall.sh.
 use anyhow::Result;
 use sampan_fleet::install;
+use sampan_fleet::service::CONFIG;
 
 use super::access::{Machines, Way, ask};
 use super::tell;
@@ -25,11 +26,19 @@ pub async fn run(args: &Args) -> Result<()> {
     for way in ways.iter().rev() {
         let done = async {
             let host = way.reach(&ask).await?;
-            Ok::<bool, anyhow::Error>(install::uninstall(&host, &args.bin_dir).await?)
+            let shares = "grep -q '^datastore-endpoint:' \"$1\" 2>/dev/null && echo yes; true";
+            let shares = host.root("reading the configuration", shares, &[CONFIG]).await?.contains("yes");
+            let removed = install::uninstall(&host, &args.bin_dir).await?;
+            Ok::<_, anyhow::Error>((removed, shares))
         };
         match done.await {
-            Ok(true) => tell(&way.name, "sampan is removed, with all that it kept"),
-            Ok(false) => tell(&way.name, "sampan is not installed"),
+            Ok((true, true)) => tell(
+                &way.name,
+                "sampan is removed, with all that it kept here; the cluster in the datastore, with this machine's Node, \
+                 is left as it is",
+            ),
+            Ok((true, false)) => tell(&way.name, "sampan is removed, with all that it kept"),
+            Ok((false, _)) => tell(&way.name, "sampan is not installed"),
             Err(error) => {
                 eprintln!("sampan: {error:#}");
                 failed = Some(error);

@@ -12,7 +12,7 @@ use kube::api::ListParams;
 use sampan_fleet::binary::Binary;
 use sampan_fleet::ready::Cluster;
 use sampan_fleet::service::{Role, Service};
-use sampan_fleet::{Host, install, ready, words};
+use sampan_fleet::{Host, install, ready};
 use sampan_kinds::upgrade::release::{self, Member, Release};
 
 use super::access::{Machines, Way, ask};
@@ -94,7 +94,7 @@ async fn look_at(way: Way, host: &Host, setup: &Setup) -> Result<(Machine, Effec
     };
     let found = host.root("asking its version", "\"$1\"/sampan --version", &[&setup.bin_dir]).await?;
     tell(&way.name, &format!("has {}", found.trim()));
-    let wanted = Wanted { role, config: Vec::new(), extra_args: running_args(host, role).await? };
+    let wanted = Wanted { extra_args: node::running_args(host, role).await?, ..Wanted::nothing_new(role) };
     let effective = node::look(host, &wanted).await?;
     let binary = node::binary_for(host, setup).await?;
     let there = install::installed_digest(host, &setup.bin_dir).await?;
@@ -211,42 +211,17 @@ async fn api_answers(host: &Host, kubeconfig_path: &str, seconds: u64) -> Result
     }
 }
 
-/// The arguments of the service as it is.
-async fn running_args(host: &Host, role: Role) -> Result<Vec<String>> {
-    let service = Service { role, bin_dir: String::new(), data_dir: String::new(), args: Vec::new() };
-    let text = node::read_root(host, &service.path(host.facts.init)).await?;
-    Ok(args_of(&text, role))
-}
-
-/// What stands behind the subcommand in a service's file, whichever init it is for.
-fn args_of(text: &str, role: Role) -> Vec<String> {
-    let of_line = |line: &str| {
-        if let Some(line) = line.strip_prefix("ExecStart=") {
-            let words = words::split(line).ok()?;
-            return Some(words.iter().map(|w| w.replace("%%", "%").replace("$$", "$")).collect::<Vec<_>>());
-        }
-        if let Some(line) = line.strip_prefix("command_args=") {
-            // one word that is evaluated once more
-            return words::split(words::split(line).ok()?.first()?).ok();
-        }
-        words::split(line.strip_prefix("\"$PROGRAM\"")?.strip_suffix('&')?).ok()
-    };
-    let all = text.lines().map(str::trim).filter_map(of_line).next_back().unwrap_or_default();
-    all.into_iter().skip_while(|w| w != role.verb()).skip(1).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fleet::tests::parse;
-    use sampan_fleet::facts::Init;
 
     /// Nodes that are not named count, too, and flags of the machines stand where they did.
     #[test]
     fn skew_is_told_before() {
         let machine = |node: &str, role: Role, has: &str, binary: &str| Machine {
             way: Way::local(),
-            wanted: Wanted { role, config: Vec::new(), extra_args: Vec::new() },
+            wanted: Wanted::nothing_new(role),
             node: node.to_string(),
             has: Release::of_version_line(has),
             binary: Binary {
@@ -278,23 +253,5 @@ mod tests {
         judge(&both, Vec::new(), &args.setup).unwrap();
         let ignoring: Args = parse("--ignore-preflight skew");
         judge(&[agent()], vec![server], &ignoring.setup).unwrap();
-    }
-
-    #[test]
-    fn a_services_arguments_are_found_again() {
-        let args = ["--node-label=a=it's 5 % $x", "--data-dir", "/mnt/a b"].map(String::from).to_vec();
-        for (init, args) in [Init::Systemd, Init::OpenRc, Init::Sysv]
-            .into_iter()
-            .flat_map(|i| [(i, args.clone()), (i, Vec::new())])
-        {
-            let service = Service {
-                role: Role::Agent,
-                bin_dir: "/usr/local/bin".to_string(),
-                data_dir: "/mnt/a b".to_string(),
-                args: args.clone(),
-            };
-            let file = service.files(init).pop().unwrap();
-            assert_eq!(args_of(&file.text, Role::Agent), args, "{}", file.text);
-        }
     }
 }

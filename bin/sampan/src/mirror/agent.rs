@@ -30,11 +30,7 @@ pub fn part(
         let (joined, own) = (joined.clone(), own.clone());
         Box::new(move || {
             let (joined, own) = (joined.clone(), own.clone());
-            let connecting = async move {
-                let trusted = joined.trusted();
-                join::connect(&joined.server, Some(&trusted), Some(own), Some(b"http/1.1")).await
-            };
-            Box::pin(connecting) as BoxFuture<'static, _>
+            Box::pin(async move { joined.connect(own, b"http/1.1").await }) as BoxFuture<'static, _>
         })
     };
     let rendezvous = Arc::new(Remote { dial, host: format!("{host}:{port}") });

@@ -31,6 +31,8 @@ pub struct Installation {
     pub service: Service,
     /// Keys of the configuration file; others that are there stay.
     pub config: Vec<(String, Value)>,
+    /// Files that the configuration names.
+    pub files: Vec<Written>,
 }
 
 /// What an upload tells: bytes sent, of how many.
@@ -105,7 +107,8 @@ pub async fn configure(host: &Host, installation: &Installation) -> Result<bool,
     let there = host.root("reading the configuration", "[ ! -e \"$1\" ] || cat \"$1\"", &[CONFIG]).await?;
     let config = merge_config(&there, &installation.config)
         .map_err(|message| InstallError::Config { host: host.name.clone(), message })?;
-    let mut files = vec![Written { path: CONFIG.to_string(), mode: "600", text: config }];
+    let mut files = installation.files.clone();
+    files.push(Written { path: CONFIG.to_string(), mode: "600", text: config });
     files.extend(installation.service.files(init));
     let mut changed = false;
     for file in files {

@@ -43,6 +43,8 @@ pub struct Service {
 }
 
 pub const CONFIG: &str = "/etc/sampan/config.yaml";
+/// Where a server has the TLS files of its datastore, when they came over SSH.
+pub const DATASTORE: &str = "/etc/sampan/datastore";
 /// Where plain init's and OpenRC's services write their log.
 pub const LOG: &str = "/var/log/sampan.log";
 /// How long pods may take to end when the machine shuts down.

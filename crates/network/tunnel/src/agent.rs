@@ -13,6 +13,7 @@ use sampan_drivers::tunnel::Stream;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
+use crate::linger::Lingering;
 use crate::{KUBELET, MAX_STREAMS, PING_INTERVAL, PING_TIMEOUT};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -54,7 +55,7 @@ where
     if authority == KUBELET {
         tokio::spawn(async move {
             if let Ok(upgraded) = hyper::upgrade::on(request).await {
-                kubelet(Box::new(TokioIo::new(upgraded))).await;
+                kubelet(Box::new(Lingering::new(TokioIo::new(upgraded)))).await;
             }
         });
         return Response::new(Full::default());

@@ -17,8 +17,10 @@ use crate::{KUBELET, PING_INTERVAL, PING_TIMEOUT};
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Connections of one node that are known at a time.
+const MAX_CONNECTIONS: usize = 4;
+
 struct Connected {
-    /// Tells a newer connection of the same node from an older one that ends late.
     number: u64,
     sender: SendRequest<Empty<Bytes>>,
 }
@@ -26,11 +28,14 @@ struct Connected {
 /// The nodes that are connected to this server.
 #[derive(Default)]
 pub struct Nodes {
-    connected: Mutex<HashMap<String, Connected>>,
+    /// A node's connections, oldest first.
+    connected: Mutex<HashMap<String, Vec<Connected>>>,
 }
 
 impl Nodes {
-    /// Holds a node's connection until it ends. A newer connection of the same node takes its place.
+    /// Holds a node's connection until it ends. A newer connection of the same node takes its place: the older is broken
+    /// and has not noticed, or it is the one that the node leaves in a moment. While the newer lasts, that is: a node that
+    /// reaches this server by two names leaves either.
     pub async fn hold<S>(&self, node: &str, stream: S)
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -47,15 +52,9 @@ impl Nodes {
             Err(error) => return tracing::warn!(node, %error, "the node's tunnel did not start"),
         };
         let number = sampan_world::random::u64();
-        self.connected.lock().insert(node.to_string(), Connected { number, sender });
-        tracing::info!(node, "node connected");
+        let _connected = Held::new(self, node, number, sender);
         if let Err(error) = connection.await {
             tracing::debug!(node, %error, "the node's tunnel ended");
-        }
-        let mut connected = self.connected.lock();
-        if connected.get(node).is_some_and(|c| c.number == number) {
-            connected.remove(node);
-            tracing::info!(node, "node disconnected");
         }
     }
 
@@ -65,21 +64,75 @@ impl Nodes {
     }
 }
 
-#[async_trait]
-impl Dialer for Nodes {
-    async fn dial(&self, node: &str, target: Target) -> Result<Box<dyn Stream>, DialError> {
-        let sender = self.connected.lock().get(node).map(|c| c.sender.clone());
-        let Some(sender) = sender else { return Err(DialError::NotConnected { node: node.to_string() }) };
-        let failed = |message: String| DialError::Failed { node: node.to_string(), message };
-        match tokio::time::timeout(DIAL_TIMEOUT, connect(sender, &target)).await {
-            Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(message)) => Err(failed(message)),
-            Err(_) => Err(failed(format!("no answer within {} s", DIAL_TIMEOUT.as_secs()))),
+/// A connection that streams can go through for as long as this lives, also when nobody waits for its end.
+struct Held<'a> {
+    nodes: &'a Nodes,
+    node: &'a str,
+    number: u64,
+}
+
+impl<'a> Held<'a> {
+    fn new(nodes: &'a Nodes, node: &'a str, number: u64, sender: SendRequest<Empty<Bytes>>) -> Self {
+        let mut connected = nodes.connected.lock();
+        let own = connected.entry(node.to_string()).or_default();
+        if own.len() >= MAX_CONNECTIONS {
+            own.remove(0);
+        }
+        own.push(Connected { number, sender });
+        tracing::info!(node, "node connected");
+        Self { nodes, node, number }
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut connected = self.nodes.connected.lock();
+        let Some(own) = connected.get_mut(self.node) else { return };
+        own.retain(|c| c.number != self.number);
+        if own.is_empty() {
+            connected.remove(self.node);
+            tracing::info!(node = self.node, "node disconnected");
         }
     }
 }
 
-async fn connect(mut sender: SendRequest<Empty<Bytes>>, target: &Target) -> Result<Box<dyn Stream>, String> {
+#[async_trait]
+impl Dialer for Nodes {
+    async fn dial(&self, node: &str, target: Target) -> Result<Box<dyn Stream>, DialError> {
+        let newest_first: Vec<_> = {
+            let connected = self.connected.lock();
+            connected.get(node).into_iter().flatten().rev().map(|c| c.sender.clone()).collect()
+        };
+        let failed = |message: String| DialError::Failed { node: node.to_string(), message };
+        let mut last = DialError::NotConnected { node: node.to_string() };
+        for sender in newest_first {
+            match tokio::time::timeout(DIAL_TIMEOUT, connect(sender, &target)).await {
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(Failure::Refused(message))) => return Err(failed(message)),
+                // it ends at this moment; nothing was said over it yet, so another may do
+                Ok(Err(Failure::Broken(error))) => last = failed(error.to_string()),
+                Err(_) => return Err(failed(format!("no answer within {} s", DIAL_TIMEOUT.as_secs()))),
+            }
+        }
+        Err(last)
+    }
+}
+
+/// Why there is no stream.
+enum Failure {
+    /// The node says so.
+    Refused(String),
+    /// Its connection is of no use.
+    Broken(hyper::Error),
+}
+
+impl From<hyper::Error> for Failure {
+    fn from(error: hyper::Error) -> Self {
+        Self::Broken(error)
+    }
+}
+
+async fn connect(mut sender: SendRequest<Empty<Bytes>>, target: &Target) -> Result<Box<dyn Stream>, Failure> {
     let authority = match target {
         Target::Kubelet => KUBELET.to_string(),
         Target::Tcp(address) => address.to_string(),
@@ -88,13 +141,12 @@ async fn connect(mut sender: SendRequest<Empty<Bytes>>, target: &Target) -> Resu
         .method(Method::CONNECT)
         .uri(authority)
         .body(Empty::new())
-        .map_err(|e| e.to_string())?;
-    sender.ready().await.map_err(|e| e.to_string())?;
-    let response = sender.send_request(request).await.map_err(|e| e.to_string())?;
+        .map_err(|e| Failure::Refused(e.to_string()))?;
+    sender.ready().await?;
+    let response = sender.send_request(request).await?;
     if response.status() != StatusCode::OK {
-        let body = response.into_body().collect().await.map_err(|e| e.to_string())?.to_bytes();
-        return Err(String::from_utf8_lossy(&body).into_owned());
+        let body = response.into_body().collect().await?.to_bytes();
+        return Err(Failure::Refused(String::from_utf8_lossy(&body).into_owned()));
     }
-    let upgraded = hyper::upgrade::on(response).await.map_err(|e| e.to_string())?;
-    Ok(Box::new(TokioIo::new(upgraded)))
+    Ok(Box::new(TokioIo::new(hyper::upgrade::on(response).await?)))
 }
