@@ -4,7 +4,7 @@
 //!
 //! Two tables hold the keys. `log` has one row a write, deletions included, so every revision after the last
 //! compaction can be read. `deferred` has one row a key, changed in place: a node that renews its lease all day
-//! costs a page a minute and leaves no history to compact. `meta` is one row. What stays true: `meta.reserved`
+//! costs a page each two minutes and leaves no history to compact. `meta` is one row. What stays true: `meta.reserved`
 //! is on disk before a revision up to it is seen by anyone, so none is given twice, whatever a crash loses.
 //! Each commit is synced (`synchronous=FULL`); opening an intact file writes nothing, so a full disk can be read.
 use std::fs::{File, OpenOptions, TryLockError};
