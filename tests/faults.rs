@@ -19,6 +19,7 @@ fn main() -> ExitCode {
             server_killed_under_write_load,
             agent_killed_while_pods_run,
             server_away_while_pods_run,
+            manifests_folder,
             clock_jumps,
             node_cut_off_and_back,
         ])
@@ -167,6 +168,47 @@ fn server_killed_under_write_load(s: &Space) -> Result<()> {
     }
     wait_ready(s, "amd64")?;
     wait_ready(s, "amd64-2")
+}
+
+/// What lies in <data>/server/manifests is applied, applied again and pruned, also what changed while the server was gone.
+fn manifests_folder(s: &Space) -> Result<()> {
+    const FOLDER: &str = "/var/lib/sampan/server/manifests";
+    let put = |file: &str, maps: &[(&str, &str)]| {
+        let one = |(name, value): &(&str, &str)| {
+            format!(
+                "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {name}, namespace: {}}}\ndata: {{v: {value}}}\n---\n",
+                s.name
+            )
+        };
+        let text: String = maps.iter().map(one).collect();
+        s.exec("amd64", &["sh", "-c", &format!("cat > {FOLDER}/{file} <<'E'\n{text}E")])?.ok()
+    };
+    let is = |name: &str, want: Option<&str>| {
+        wait_for(&format!("{name} to be {want:?}"), seconds(20), || {
+            let answer = s.get(&s.path(&format!("configmaps/{name}")))?;
+            let value = answer.json()["data"]["v"].as_str().map(str::to_string);
+            let found = (answer.code == 200).then_some(value).flatten();
+            Ok(if found.as_deref() == want { Ok(()) } else { Err(format!("{found:?}")) })
+        })
+    };
+    s.exec("amd64", &["sh", "-c", &format!("echo 'kind: [' > {FOLDER}/broken.yaml")])?.ok()?;
+    put("two.yaml", &[("one", "a"), ("other", "a")])?;
+    is("one", Some("a"))?;
+    is("other", Some("a"))?;
+    put("two.yaml", &[("one", "b")])?;
+    is("one", Some("b"))?;
+    is("other", None)?;
+    put("three.yaml", &[("third", "a")])?;
+    is("third", Some("a"))?;
+    s.lab("stop", &["amd64", "--kill"])?.ok()?;
+    s.exec("amd64", &["rm", &format!("{FOLDER}/two.yaml"), &format!("{FOLDER}/broken.yaml")])?.ok()?;
+    put("three.yaml", &[("third", "b")])?;
+    s.lab("start", &["amd64"])?.ok()?;
+    s.wait_until_served()?;
+    is("one", None)?;
+    is("third", Some("b"))?;
+    s.exec("amd64", &["rm", &format!("{FOLDER}/three.yaml")])?.ok()?;
+    is("third", None)
 }
 
 fn agent_killed_while_pods_run(s: &Space) -> Result<()> {

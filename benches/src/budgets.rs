@@ -17,11 +17,11 @@ pub struct Args {
     /// Where the numbers go
     #[arg(long, default_value = "target/bench/budgets.json")]
     out: PathBuf,
-    /// Seconds until an idle cluster is taken for settled: after a minute what the start has deferred is written
-    #[arg(long, default_value_t = 75)]
+    /// Seconds until an idle cluster is taken for settled: after two minutes what the start has deferred is written
+    #[arg(long, default_value_t = 135)]
     settle_seconds: u64,
     /// Seconds over which an idle cluster is watched
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 120)]
     idle_seconds: u64,
     /// Pods started one at a time
     #[arg(long, default_value_t = 15)]

@@ -232,7 +232,7 @@ pub async fn start(
 }
 
 /// What only the start needed is soon given up, what a busy time needed some minutes later.
-async fn unmap_idle_code() {
+pub async fn unmap_idle_code() {
     let mut wait = Duration::from_secs(30);
     loop {
         tokio::time::sleep(wait).await;

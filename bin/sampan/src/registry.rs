@@ -348,6 +348,8 @@ async fn serving(args: ServeArgs) -> Result<()> {
             async move { registry.maintain().await }
         });
     }
+    sampan_world::memory::unmap_idle_code();
+    sampan_telemetry::supervise("idle memory", crate::node::unmap_idle_code);
     serve(registry.clone(), listener, tls, signals(registry)?).await;
     tracing::info!("ended");
     Ok(())

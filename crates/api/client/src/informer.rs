@@ -177,6 +177,11 @@ impl<K: Object> Informer<K> {
         self.0.put(object);
     }
 
+    /// A detached one has all objects now.
+    pub fn complete(&self) {
+        self.0.synced.send_replace(true);
+    }
+
     /// Drops the object of that key and tells the handlers.
     pub fn remove(&self, key: &Key) {
         self.0.remove(key, None);

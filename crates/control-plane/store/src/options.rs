@@ -31,7 +31,7 @@ impl Options {
             deferred_prefixes: Vec::new(),
             compact_interval: Duration::from_secs(300),
             compact_after_revisions: 10_000,
-            flush_interval: Duration::from_secs(60),
+            flush_interval: Duration::from_secs(120),
             flush_after_keys: 1024,
             history_bytes: 4 << 20,
             max_value_bytes: 3 << 19,

@@ -188,6 +188,38 @@ async fn slow_watches_hold_nobody_up() {
     assert_eq!(events(&take(&mut quiet, 1).await), "Put /event/a=1 []");
 }
 
+/// Rows of the log on disk.
+fn rows(bench: &Bench) -> i64 {
+    crate::sqlite::file::open_reader(&bench.options.path)
+        .and_then(|c| c.query_row("SELECT count(*) FROM log", [], |r| r.get(0)))
+        .unwrap()
+}
+
+#[tokio::test]
+async fn few_rows_are_forgotten_but_stay_on_disk_for_a_while() {
+    let mut bench = Bench::new();
+    bench.options.compact_interval = Duration::from_millis(20);
+    let store = bench.open();
+    for n in 0..3 {
+        store.write(Write::put("/a", format!("{n}"))).await.unwrap();
+    }
+    let revision = store.revision();
+    while store.compacted() < revision {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let old = store.get("/a", Some(revision - 1)).await;
+    assert!(matches!(old, Err(StoreError::Compacted { .. })), "{old:?}");
+    assert_eq!(rows(&bench), 3);
+    for n in 0..100 {
+        store.write(Write::put("/a", format!("{n}"))).await.unwrap();
+    }
+    let deadline = sampan_world::clock::monotonic() + Duration::from_secs(10);
+    while rows(&bench) > 64 {
+        assert!(sampan_world::clock::monotonic() < deadline, "{} rows are left", rows(&bench));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 #[tokio::test]
 async fn the_file_stays_bounded() {
     let mut bench = Bench::new();

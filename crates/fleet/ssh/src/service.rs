@@ -115,7 +115,7 @@ impl Service {
             "#!/sbin/openrc-run\n# Sampan, Kubernetes for small machines ({role})\ndescription='Kubernetes for small machines'\n\
              supervisor=supervise-daemon\ncommand={program}\ncommand_args={args}\noutput_log={LOG}\nerror_log={LOG}\n\
              pidfile=/run/{service}.pid\nrespawn_delay=5\nrespawn_max=0\nrc_ulimit='-n 1048576'\n\n\
-             depend() {{\n\tneed net\n\tuse dns\n\tafter firewall\n}}\n\n\
+             depend() {{\n\twant net cgroups\n\tuse dns\n\tafter firewall\n}}\n\n\
              start_pre() {{\n\tmodprobe -a overlay nf_tables vxlan 2>/dev/null || true\n}}\n",
             role = self.role.verb(),
             program = quote(&self.program()),

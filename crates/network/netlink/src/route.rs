@@ -369,6 +369,15 @@ fn read_ip(value: &[u8]) -> Option<IpAddr> {
     }
 }
 
+/// Of a message about a route: whether one of ours is gone. `None`: it is about something else.
+pub fn own_route_is_gone(message: Received<'_>) -> Option<bool> {
+    match message.kind {
+        NEWROUTE => Some(false),
+        DELROUTE => Some(message.payload.get(5) == Some(&PROTOCOL)),
+        _ => None,
+    }
+}
+
 fn read_route(message: Received<'_>) -> Option<Route> {
     let attributes = message.payload.get(12..).filter(|_| message.kind == NEWROUTE)?;
     let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);

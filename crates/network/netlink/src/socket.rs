@@ -193,12 +193,13 @@ fn check(what: &'static str, message: Received<'_>) -> Result<(), Error> {
     }
 }
 
-/// A non-blocking socket that tells of links going up and down, and of IPv4 addresses coming and going. Reading gives
-/// datagrams for [`received`]; `ENOBUFS` says that some were lost.
+/// A non-blocking socket that tells of links going up and down, and of IPv4 addresses and routes coming and going. Reading
+/// gives datagrams for [`received`]; `ENOBUFS` says that some were lost.
 pub fn link_events() -> Result<OwnedFd, Error> {
     const LINK: u32 = 1;
     const IPV4_ADDRESS: u32 = 0x10;
-    let socket = Socket::open(None, LINK | IPV4_ADDRESS)?;
+    const IPV4_ROUTE: u32 = 0x40;
+    let socket = Socket::open(None, LINK | IPV4_ADDRESS | IPV4_ROUTE)?;
     rustix::io::ioctl_fionbio(&socket.fd, true).map_err(io::Error::from)?;
     Ok(socket.fd)
 }

@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use sampan_client::{Event, Informer, Informers};
 use sampan_drivers::network::{HostPort, NetworkError, PodNetwork};
 use sampan_netlink::message::{Received, received};
-use sampan_netlink::route::Link;
+use sampan_netlink::route::{Link, own_route_is_gone};
 use sampan_netlink::{Cidr, Socket};
 use tokio::net::UnixDatagram;
 use tokio::sync::{Notify, OnceCell, watch};
@@ -136,7 +136,7 @@ impl PodNet {
         addresses::save(&path, &bytes).map_err(sampan_netlink::Error::from)
     }
 
-    /// Keeps the routes to other nodes' pods. Never returns.
+    /// Keeps the routes to pods, this node's and others'. Never returns.
     pub async fn run(&self) {
         if let Err(error) = self.prepare().await {
             tracing::warn!(%error, "cannot prepare this node for pods");
@@ -185,7 +185,13 @@ impl PodNet {
         let others = self.nodes.list().into_iter().filter(|n| n.metadata.name.as_deref() != Some(own));
         let peers: BTreeSet<Peer> = others.filter_map(|n| Peer::of(&n)).collect();
         let (range, node_ip) = (*self.range.borrow(), self.config.node_ip);
-        blocking("", move || node_routes::apply(range, node_ip, &peers)).await
+        let addresses = self.addresses.clone();
+        blocking("", move || {
+            let pods: Vec<_> = addresses.lock().places().map(|(uid, p)| (uid.clone(), p.ip)).collect();
+            wire::restore(&pods, node_ip)?;
+            node_routes::apply(range, node_ip, &peers)
+        })
+        .await
     }
 
     fn detach_now(addresses: &Mutex<Addresses>, uid: &str) -> Result<(), sampan_netlink::Error> {
@@ -205,12 +211,15 @@ fn link_events() -> std::io::Result<UnixDatagram> {
     UnixDatagram::from_std(fd.into())
 }
 
-/// Waits for a change of an interface other than the pods'.
+/// Waits for a change of an interface other than the pods', or for a route of ours to go.
 async fn link_changed(events: Option<&UnixDatagram>) {
     const BUFFER_BYTES: usize = 8 * 1024;
     let Some(events) = events else { return std::future::pending().await };
     let mut buffer = vec![0; BUFFER_BYTES];
-    let matters = |m: Received<'_>| Link::read(m).is_none_or(|link| !link.name.starts_with(wire::PREFIX));
+    let matters = |m: Received<'_>| match own_route_is_gone(m) {
+        Some(gone) => gone,
+        None => Link::read(m).is_none_or(|link| !link.name.starts_with(wire::PREFIX)),
+    };
     // an error says that some were lost
     while let Ok(count) = events.recv(&mut buffer).await {
         if received(&buffer[..count]).any(matters) {

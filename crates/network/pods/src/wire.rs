@@ -4,6 +4,7 @@
 //! The pod's default route leads to 169.254.1.1, an address that nothing has: the pod knows the MAC of the node's end
 //! as its neighbour, and the node knows the pod's, so no ARP is needed on the wire. There is no bridge: traffic between
 //! two pods of a node passes the node's forwarding, and so its policies.
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd;
@@ -61,10 +62,29 @@ pub fn connect(uid: &str, netns: &Path, ip: Ipv4Addr, node_ip: IpAddr, mtu: u32)
     };
     inside(netns, || configure_pod(uid, ip))?;
     set_sysctl(&format!("net/ipv4/conf/{name}/route_localnet"), "1");
+    lead_to(&mut socket, index, ip, node_ip)
+}
+
+/// Has the node know the way to a pod.
+fn lead_to(socket: &mut Socket, index: u32, ip: Ipv4Addr, node_ip: IpAddr) -> Result<(), Error> {
     socket.set_neighbour(&Neighbour { link: index, ip: ip.into(), mac: mac_of(ip), forwarding: false })?;
     let route = Route { to: ip.into(), prefix_bits: 32, via: None, link: index, source: Some(node_ip) };
     // the node's address may be one that its own interfaces do not have
     socket.set_route(&route).or_else(|_| socket.set_route(&Route { source: None, ..route }))
+}
+
+/// Sets the routes to these pods again that others have taken away: systemd-networkd does when it starts anew.
+pub fn restore(pods: &[(String, Ipv4Addr)], node_ip: IpAddr) -> Result<(), Error> {
+    let mut socket = Socket::route()?;
+    let present: HashSet<IpAddr> =
+        socket.routes()?.iter().filter(|r| r.prefix_bits == 32).map(|r| r.to).collect();
+    for (uid, ip) in pods.iter().filter(|(_, ip)| !present.contains(&IpAddr::V4(*ip))) {
+        // no wire: it is being made, or taken away
+        let Some(link) = socket.link(&name_of(uid))? else { continue };
+        tracing::info!(pod = %uid, %ip, "the route to the pod was gone: set again");
+        lead_to(&mut socket, link.index, *ip, node_ip)?;
+    }
+    Ok(())
 }
 
 fn make_pair(

@@ -129,6 +129,7 @@ impl Agent {
                 tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
             let informer = Informer::detached();
             nodes.into_iter().for_each(|n| informer.put(n));
+            informer.complete();
             let config = PodNetConfig {
                 node_name: name.to_string(),
                 node_ip,
@@ -206,6 +207,37 @@ fn pods_of_a_node_reach_each_other_and_host_ports_lead_to_them() {
     agent.run(|pods| async move { pods.detach("a").await }).unwrap();
     let links = host.run(|| Socket::route().unwrap().links().unwrap());
     assert_eq!(links.iter().filter(|l| l.name.starts_with("spn")).count(), 1);
+}
+
+#[test]
+fn routes_that_others_take_away_come_back() {
+    let (host, peer, pod) = (Namespace::new(), Namespace::new(), Namespace::new());
+    join(&host, "wire1", ip("192.168.7.1"), &peer, ip("192.168.7.2"));
+    let folder = tempfile::tempdir().unwrap();
+    let nodes = vec![
+        node("n1", "192.168.7.1", Some("10.42.0.0/24")),
+        node("n2", "192.168.7.2", Some("10.42.1.0/24")),
+    ];
+    let agent = Agent::start(&host, "n1", ip("192.168.7.1"), folder.path().into(), nodes);
+    let routes = || host.run(|| Socket::route().unwrap().routes().unwrap());
+    let all = |count: usize| {
+        (0..100).any(|_| {
+            std::thread::sleep(Duration::from_millis(20));
+            routes().len() == count
+        })
+    };
+    agent.run(|pods| async move { drop(tokio::spawn(async move { pods.run().await })) });
+    let address = agent.attach("a", &pod, &[]);
+    pod.serve(80);
+    assert!(all(3), "the pod's, this node's and the other node's: {:?}", routes());
+    for _ in 0..2 {
+        host.run(|| {
+            let mut socket = Socket::route().unwrap();
+            socket.routes().unwrap().iter().for_each(|r| socket.delete_route(r).unwrap());
+        });
+        assert!(all(3), "{:?}", routes());
+        assert_eq!(host.ask(address, 80).unwrap(), "192.168.7.1");
+    }
 }
 
 #[test]

@@ -72,6 +72,8 @@ enum Op {
 struct Probing {
     task: Option<AbortHandle>,
     result: Option<bool>,
+    /// It begins once the pod's addresses are known.
+    awaits_sandbox: bool,
 }
 
 /// Failures of one thing in a row, and when to try again.

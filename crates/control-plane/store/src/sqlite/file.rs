@@ -4,7 +4,7 @@
 //!
 //! Two tables hold the keys. `log` has one row a write, deletions included, so every revision after the last
 //! compaction can be read. `deferred` has one row a key, changed in place: a node that renews its lease all day
-//! costs a page a minute and leaves no history to compact. `meta` is one row. What stays true: `meta.reserved`
+//! costs a page each two minutes and leaves no history to compact. `meta` is one row. What stays true: `meta.reserved`
 //! is on disk before a revision up to it is seen by anyone, so none is given twice, whatever a crash loses.
 //! Each commit is synced (`synchronous=FULL`); opening an intact file writes nothing, so a full disk can be read.
 use std::fs::{File, OpenOptions, TryLockError};
@@ -25,6 +25,8 @@ const APPLICATION_ID: i64 = 0x534d_504e;
 const FORMAT: i64 = 1;
 /// After a crash a file up to this size is checked as a whole; a bigger one would hold up the start too long.
 const CHECKED_AFTER_CRASH_BYTES: u64 = 64 << 20;
+/// Keeps the WAL's index in memory: as a file it was mapped, and of the disk's idle writes more than half.
+const VFS: &str = "unix-excl";
 const LOCK_STEP: Duration = Duration::from_millis(20);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pages of WAL before they go to their places: 2 MiB.
@@ -88,7 +90,7 @@ pub(crate) fn open(options: &Options) -> Result<Opened, StoreError> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
             | OpenFlags::SQLITE_OPEN_CREATE
             | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection = Connection::open_with_flags(path, flags)?;
+        let connection = Connection::open_with_flags_and_vfs(path, flags, VFS)?;
         connection.busy_timeout(BUSY_TIMEOUT)?;
         connection.set_prepared_statement_cache_capacity(32);
         let pages: i64 = connection.pragma_query_value(None, "page_count", |r| r.get(0))?;
@@ -242,7 +244,7 @@ fn move_keys(connection: &mut Connection, options: &Options) -> rusqlite::Result
 
 pub(crate) fn open_reader(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(path, flags)?;
+    let connection = Connection::open_with_flags_and_vfs(path, flags, VFS)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.pragma_update(None, "cache_size", -i64::from(READER_CACHE_KIB))?;
     connection.pragma_update(None, "mmap_size", 0)?;

@@ -34,6 +34,10 @@ const DIRTY_LIMIT_BYTES: usize = 4 << 20;
 const DIRTY_FLUSH_BYTES: usize = 1 << 20;
 /// Compaction holds up writes for so many rows at a time.
 const COMPACT_ROWS: u64 = 500;
+/// Fewer rows than this are not worth the writing that takes them off the disk, …
+const LAZY_ROWS: u64 = 64;
+/// … for so long.
+const LAZY: Duration = Duration::from_secs(3600);
 const VACUUM_PAGES: u32 = 256;
 /// How long a failed flush or compaction waits.
 const RETRY: Duration = Duration::from_secs(10);
@@ -75,6 +79,9 @@ pub(crate) struct Writer {
     /// Rows of the log written since what is compacted, and those of them before `compact_mark`.
     rows: u64,
     marked_rows: u64,
+    /// Rows that nobody may read any more and that are still on disk, at most; and until when they may be.
+    forgotten_rows: u64,
+    lazy_until: Instant,
     flush_at: Option<Instant>,
     /// The disk has just failed to take a flush.
     flush_not_before: Option<Instant>,
@@ -96,6 +103,8 @@ impl Writer {
             // What a former run left is compacted by the clock alone.
             rows: 0,
             marked_rows: 0,
+            forgotten_rows: 0,
+            lazy_until: clock::monotonic() + LAZY,
             flush_at: None,
             flush_not_before: None,
             compact_at: None,
@@ -382,9 +391,15 @@ impl Writer {
         } else if self.compact_at.is_some_and(|at| at <= clock::monotonic()) {
             let mark = std::mem::replace(&mut self.compact_mark, published);
             self.rows -= self.marked_rows;
+            self.forgotten_rows += self.marked_rows;
             self.marked_rows = self.rows;
             let again = published > mark || self.last_row > self.compacted.max(mark);
             self.compact_at = again.then(|| clock::monotonic() + options.compact_interval);
+            if self.forgotten_rows < LAZY_ROWS && clock::monotonic() < self.lazy_until {
+                let mut memory = self.shared.memory.lock();
+                memory.compacted = memory.compacted.max(mark);
+                return;
+            }
             mark
         } else {
             return;
@@ -412,6 +427,8 @@ impl Writer {
             let done = file::compact(&mut self.connection, self.compacted, target, COMPACT_ROWS);
             self.compacted = done.map_err(|e| self.error(e))?;
         }
+        self.forgotten_rows = 0;
+        self.lazy_until = clock::monotonic() + LAZY;
         while file::vacuum(&self.connection, VACUUM_PAGES).map_err(|e| self.error(e))? {}
         Ok(())
     }

@@ -368,9 +368,10 @@ fn next_piece(
         return None;
     }
     let file = file.clone();
+    let size = left.min(PIECE_BYTES as u64) as usize;
+    // made here: each of the many threads that read would keep memory of its own for pieces
+    let mut piece = Vec::with_capacity(size);
     Some(tokio::task::spawn_blocking(move || {
-        let size = left.min(PIECE_BYTES as u64) as usize;
-        let mut piece = Vec::with_capacity(size);
         let spare = rustix::buffer::spare_capacity(&mut piece);
         let read = rustix::io::pread(&*file, spare, offset)?;
         if read == 0 {

@@ -236,16 +236,24 @@ impl Runtime for FakeRuntime {
 }
 
 #[derive(Default)]
-pub struct FakeNetwork(pub Mutex<Vec<String>>);
+pub struct FakeNetwork {
+    pub attached: Mutex<Vec<String>>,
+    /// Answers that address, and takes its time for it.
+    pub slow: Mutex<Option<IpAddr>>,
+}
 
 #[async_trait]
 impl PodNetwork for FakeNetwork {
     async fn attach(&self, uid: &str, _: &Path, _: &[HostPort]) -> Result<Vec<IpAddr>, NetworkError> {
-        self.0.lock().push(uid.to_string());
-        Ok(vec![IpAddr::from([10, 0, 0, 9])])
+        self.attached.lock().push(uid.to_string());
+        let slow = *self.slow.lock();
+        if slow.is_some() {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        Ok(vec![slow.unwrap_or(IpAddr::from([10, 0, 0, 9]))])
     }
     async fn detach(&self, uid: &str) -> Result<(), NetworkError> {
-        self.0.lock().retain(|u| u != uid);
+        self.attached.lock().retain(|u| u != uid);
         Ok(())
     }
     async fn retain(&self, _: &[String]) -> Result<(), NetworkError> {

@@ -130,7 +130,7 @@ async fn a_pod_runs_and_is_deleted() {
     let terminated = &last["containerStatuses"][0]["state"]["terminated"];
     assert_eq!((&terminated["exitCode"], &terminated["message"]), (&json!(143), &json!("bye")));
     bench.until("cleaned", |b| b.runtime.sandboxes.lock().is_empty() && b.kubelet.pods().is_empty()).await;
-    assert!(bench.network.0.lock().is_empty());
+    assert!(bench.network.attached.lock().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -146,7 +146,7 @@ async fn jobs_end_and_crashes_back_off() {
     let ready =
         status["conditions"].as_array().unwrap().iter().find(|c| c["type"] == "Ready").unwrap().clone();
     assert_eq!((&ready["status"], &ready["reason"]), (&json!("False"), &json!("PodCompleted")));
-    bench.until("sandbox stopped", |b| b.network.0.lock().is_empty()).await;
+    bench.until("sandbox stopped", |b| b.network.attached.lock().is_empty()).await;
 
     bench.runtime.exits.lock().insert("bad".into(), 5);
     bench.put("crash", &one(&json!({"name": "bad"})), &json!({}));
@@ -251,6 +251,30 @@ async fn a_restarted_agent_takes_over_and_cleans_up() {
     // a fake informer never syncs: the cleanup is what a synced one does
     second.kubelet.0.clean_orphans().await;
     assert_eq!(runtime.running(), ["c"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_is_taken_over_is_probed_at_its_address() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = stream.read(&mut [0; 512]).await;
+            let _ = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\n").await;
+        }
+    });
+    let probe = json!({"httpGet": {"port": port}, "periodSeconds": 1});
+    let spec = one(&json!({"readinessProbe": probe}));
+    let mut first = Bench::new();
+    *first.network.slow.lock() = Some("127.0.0.1".parse().unwrap());
+    first.put("p", &spec, &json!({}));
+    first.phase("p", "Running").await;
+    first.until("ready", |b| b.api.status("p")["containerStatuses"][0]["ready"] == true).await;
+    let mut second = Bench::with(first.runtime.clone());
+    *second.network.slow.lock() = Some("127.0.0.1".parse().unwrap());
+    second.put("p", &spec, &json!({}));
+    second.until("ready", |b| b.api.status("p")["containerStatuses"][0]["ready"] == true).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -253,7 +253,7 @@ impl Worker {
                 let is_wanted = probe.spec(&spec).is_some()
                     && !self.restarting.contains(&record.id)
                     && (probe == Probe::Startup || is_started);
-                if !is_wanted || self.probes.contains_key(&key) {
+                if !is_wanted || self.probes.get(&key).is_some_and(|p| !p.awaits_sandbox) {
                     continue;
                 }
                 let before = self.status_of(&record.name);
@@ -265,7 +265,12 @@ impl Worker {
                     Probe::Liveness => None,
                 };
                 if probe == Probe::Startup && result == Some(true) {
-                    self.probes.insert(key, Probing { task: None, result });
+                    self.probes.insert(key, Probing { task: None, result, awaits_sandbox: false });
+                    continue;
+                }
+                // a pod that was taken over: its sandbox is looked at first, and probes ask its address
+                if self.ips.is_none() {
+                    self.probes.insert(key, Probing { task: None, result, awaits_sandbox: true });
                     continue;
                 }
                 let target = probes::Target {
@@ -280,7 +285,7 @@ impl Worker {
                 };
                 let (inbox, id) = (self.inbox.clone(), record.id.clone());
                 let task = probes::spawn(target, move |success| inbox.probed(&id, probe, success));
-                self.probes.insert(key, Probing { task: Some(task), result });
+                self.probes.insert(key, Probing { task: Some(task), result, awaits_sandbox: false });
             }
         }
     }
