@@ -165,6 +165,8 @@ fn one_server_dies(lab: &Boards) -> Result<()> {
     // the agent turns to it, and it schedules and controls
     run_pod(lab, other, "amd64-3", "later")?;
     reaches(lab, other, "later")?;
+    // nobody knows yet that the dead server's node is gone: the scheduler would choose it, too
+    by(lab, other, "cordon amd64")?;
     by(lab, other, &format!("create deployment d --image={BOX} --replicas=1 -- sleep 1000"))?;
     wait_for("a deployment by the server that is left", seconds(90), || {
         let count = by(lab, other, "get deployment d -o jsonpath={.status.readyReplicas}")?;
@@ -189,6 +191,7 @@ fn it_comes_back(lab: &Boards) -> Result<()> {
     lab.on("amd64", "rm -f /run/sampan.pid; /etc/init.d/sampan start")?.ok()?;
     wait_for("the first server's API", seconds(60), || anyhow::Ok(by(lab, SERVERS[0], "get nodes")))?;
     endpoints(lab, SERVERS[0], &SERVERS.join(" "))?;
+    by(lab, SERVERS[0], "uncordon amd64")?;
     for name in ["on-amd64", "on-amd64-2", "after-restart"] {
         reaches(lab, SERVERS[0], name)?;
     }
