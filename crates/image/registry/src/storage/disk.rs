@@ -23,7 +23,7 @@ const PRIVATE: &str = "_sampan";
 /// Documents, links and descriptors; blobs are streamed.
 const DOCUMENT_MAX_BYTES: u64 = 16 << 20;
 /// A folder may go between making it and putting something into it; then again.
-const ATTEMPTS: usize = 4;
+const ATTEMPTS: usize = 8;
 /// Written-back early, so that the sync at an upload's end has little left to do.
 const WRITE_BACK_BYTES: u64 = 8 << 20;
 
@@ -320,7 +320,11 @@ fn with_parents(path: &Path, sync: bool, work: impl Fn() -> io::Result<()>) -> i
     let parent = path.parent().ok_or_else(|| io::Error::other("a key without a folder"))?;
     for _ in 0..ATTEMPTS {
         match work() {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => make_folder(parent, sync)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => match make_folder(parent, sync) {
+                // one above it went meanwhile, with the last that was in it
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                made => made?,
+            },
             done => return done,
         }
     }
