@@ -4,13 +4,15 @@
 //!
 //! What stays true: parsing rounds away from zero to whole nano units, binary amounts are capped at 2^63-1,
 //! and `Display` gives the canonical form that upstream writes.
-//! Deliberate difference: amounts are 128-bit counts of nano units; beyond about 1.7e29 they saturate, where
-//! upstream goes on with big decimals.
+//! Deliberate difference: amounts are 128-bit counts of nano units; they saturate at 1e29, where upstream goes on with
+//! big decimals.
 
 use std::cmp::Ordering;
 use std::fmt;
 
 const NANO: i128 = 1_000_000_000;
+/// A round number: what saturated reads the same when it is written and read again.
+const MAX: i128 = 10_i128.pow(38);
 const BINARY_MAX: i128 = i64::MAX as i128 * NANO;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -181,6 +183,7 @@ fn amount(pieces: &Pieces<'_>, base: i128, exponent: i32, format: Format) -> i12
     if format == Format::BinarySi {
         nano = nano.min(BINARY_MAX);
     }
+    nano = nano.min(MAX);
     if pieces.negative { -nano } else { nano }
 }
 
@@ -309,6 +312,14 @@ impl fmt::Display for Quantity {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_saturates_reads_the_same_again() {
+        for text in ["4E747", "-4e747", "170141183460469231731687303715.884105727", "1e29", "99999E30"] {
+            let written = canonical(text).unwrap();
+            assert_eq!(canonical(&written).as_deref(), Ok(written.as_str()), "{text}");
+        }
+    }
 
     #[test]
     fn canonical_forms() {
