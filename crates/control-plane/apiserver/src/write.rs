@@ -94,7 +94,7 @@ pub async fn create(call: &Call, object: Value, options: &WriteOptions) -> Resul
         text(&object, "/metadata/name").is_empty() && !text(&object, "/metadata/generateName").is_empty();
     let attempts = if generated { GENERATED_NAMES_MAX } else { 1 };
     for attempt in 1..=attempts {
-        match create_in_turn(call, object.clone(), options).await {
+        match create_in_turn(call, &object, options).await {
             Err(status) if status.0.reason == "AlreadyExists" && attempt < attempts => {}
             Err(status) if status.0.reason == "AlreadyExists" && generated => {
                 let of = call.resource.group_resource();
@@ -120,7 +120,7 @@ impl From<Status> for NotCreated {
 }
 
 /// Creates the object, with another choice as long as another server's services come in between.
-async fn create_in_turn(call: &Call, object: Value, options: &WriteOptions) -> Result<Written> {
+async fn create_in_turn(call: &Call, object: &Value, options: &WriteOptions) -> Result<Written> {
     for _ in 0..ROUNDS_MAX {
         match create_once(call, object.clone(), options).await {
             Ok(written) => return Ok(written),
@@ -243,7 +243,7 @@ pub async fn update(
             if !target.create {
                 return Err(Status::not_found(resource.group_resource(), target.name));
             }
-            match create_in_turn(call, make(None)?, options).await {
+            match create_in_turn(call, &make(None)?, options).await {
                 Err(status) if status.0.reason == "AlreadyExists" && !options.dry_run => continue,
                 result => return result,
             }

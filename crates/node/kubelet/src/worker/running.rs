@@ -264,13 +264,10 @@ impl Worker {
                     Probe::Readiness => same.map(|s| s.ready).filter(|r| *r),
                     Probe::Liveness => None,
                 };
-                if probe == Probe::Startup && result == Some(true) {
-                    self.probes.insert(key, Probing { task: None, result, awaits_sandbox: false });
-                    continue;
-                }
+                let is_over = probe == Probe::Startup && result == Some(true);
                 // a pod that was taken over: its sandbox is looked at first, and probes ask its address
-                if self.ips.is_none() {
-                    self.probes.insert(key, Probing { task: None, result, awaits_sandbox: true });
+                if is_over || self.ips.is_none() {
+                    self.probes.insert(key, Probing { task: None, result, awaits_sandbox: !is_over });
                     continue;
                 }
                 let target = probes::Target {
