@@ -450,9 +450,11 @@ fn pod_on_no_node(s: &Space) -> Result<()> {
         "FailedScheduling",
         "0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector",
     )?;
-    let pending = s.object("pods/nowhere")?;
-    let condition = &pending["status"]["conditions"][0];
-    ensure!(condition["type"] == "PodScheduled" && condition["reason"] == "Unschedulable", "{condition}");
+    // the condition follows the event, by a moment
+    s.pod("nowhere", seconds(10), |pod| {
+        let condition = pod["status"]["conditions"].as_array()?.iter().find(|c| c["type"] == "PodScheduled")?;
+        (condition["reason"] == "Unschedulable").then_some(())
+    })?;
     // it goes when the node fits after all
     s.k(&["label", "node", "amd64", "no=such"])?;
     let began = s.pod("nowhere", seconds(20), |pod| pod["spec"]["nodeName"].as_str().map(|_| ()));
