@@ -3,7 +3,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use sampan_tests::boards::{self, Boards, Step};
-use sampan_tests::etcd::{self, ENDPOINT};
+use sampan_tests::etcd::{self, TLS_ENDPOINT as ENDPOINT};
 use sampan_tests::image::BOX;
 use sampan_tests::{has, seconds, wait_for};
 
@@ -34,6 +34,9 @@ const HOSTS: &str = "\
 - {hostname: amd64-3, ip: 10.64.0.13, ssh-key: plain}
 ";
 const APPLY: &str = "apply hosts.yaml --accept-new-host-keys --servers 2";
+/// What etcd wants is in files here; the machines are given theirs.
+const FILES: &str =
+    "--datastore-cafile etcd-ca.crt --datastore-certfile etcd-client.crt --datastore-keyfile etcd-client.key";
 
 fn several_servers_need_a_datastore(lab: &Boards) -> Result<()> {
     lab.write("hosts.yaml", HOSTS)?;
@@ -93,11 +96,12 @@ fn give_image(lab: &Boards, node: &str) -> Result<()> {
 }
 
 fn two_servers_and_an_agent(lab: &Boards) -> Result<()> {
-    etcd::start(|command| lab.lab(&[&["exec", "hub", "--"][..], command].concat(), 60))?;
+    let in_hub = |command: &[&str]| lab.lab(&[&["exec", "hub", "--"][..], command].concat(), 60);
+    etcd::start_tls(in_hub, &lab.hub_tmp())?;
     for (node, _) in NODES {
         give_image(lab, node)?;
     }
-    let ran = lab.sampan_within(&format!("{APPLY} --datastore {ENDPOINT}"), 180)?;
+    let ran = lab.sampan_within(&format!("{APPLY} --datastore {ENDPOINT} {FILES}"), 180)?;
     let told = ran.text();
     ran.ok()?;
     for (node, _) in NODES {
@@ -138,7 +142,7 @@ fn either_server_reaches_all_nodes(lab: &Boards) -> Result<()> {
 }
 
 fn apply_again_changes_nothing(lab: &Boards) -> Result<()> {
-    let ran = lab.sampan_within(&format!("{APPLY} --datastore {ENDPOINT}"), 90)?;
+    let ran = lab.sampan_within(&format!("{APPLY} --datastore {ENDPOINT} {FILES}"), 90)?;
     let told = ran.text();
     ran.ok()?;
     for line in
