@@ -148,8 +148,10 @@ impl Member {
         loop {
             let status = tokio::select! {
                 status = members.status() => status,
-                () = self.running.removed() => return Err(self.removed().into()),
                 state = self.running.ended(FALSE_STARTS) => {
+                    if state.is_removed {
+                        return Err(self.removed().into());
+                    }
                     bail!("etcd does not run: {} (ports 2379 and 2380 are taken?)", state.words)
                 }
             };

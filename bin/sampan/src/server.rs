@@ -122,12 +122,12 @@ async fn serve(args: Args) -> Result<()> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let folder = args.node.data_dir.join("server");
     let addresses = Addresses::of(&args)?;
-    let datastore = args.datastore.parse()?;
-    let way = members::way(&folder, &args.members, datastore.as_ref())?;
     let same = addresses.same();
     if args.members.cluster_reset {
         return members::reset(&args.members, &args.own(&folder, &same)?).await;
     }
+    let datastore = args.datastore.parse()?;
+    let way = members::way(&folder, &args.members, datastore.as_ref())?;
     let Some(way) = way else {
         datastore::check_folder(&folder, datastore.as_ref())?;
         return serve_with(&args, &addresses, datastore, None, &AtomicBool::new(false)).await;

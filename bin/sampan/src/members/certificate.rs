@@ -148,7 +148,7 @@ mod tests {
         let (pair, _) = second.renewed().unwrap();
         assert!(first.authority.has_signed(&pair.certificates().unwrap()[0]));
         let told = sampan_pki::certificate::details(&pair.certificates().unwrap()[0]).unwrap();
-        assert_eq!(told.usages, ["ServerAuth", "ClientAuth"]);
+        assert_eq!(told.usages, ["ClientAuth", "ServerAuth"]);
         assert_eq!(pair.subject().unwrap().names, ["10.0.0.1", "127.0.0.1", "a", "localhost"]);
         let other = EtcdAuthority { certificate: "x".to_string(), key: "y".to_string() };
         assert!(Files::of(two.path()).take(&other).is_err());

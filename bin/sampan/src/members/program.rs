@@ -31,9 +31,12 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 const FIRST_DELAY: Duration = Duration::from_secs(1);
 const MAX_DELAY: Duration = Duration::from_secs(30);
 /// The same words are told again after this.
-const SILENCE: Duration = Duration::from_secs(60);
+const SILENCE: Duration = Duration::from_secs(600);
 const MAX_KNOWN_WORDS: usize = 64;
 const MAX_WORDS_CHARS: usize = 400;
+/// Warnings that warn of nothing: that it has begun as it should.
+const USUAL: [&str; 3] =
+    [" I | ", "simple token is not cryptographically signed", "established TCP streaming connection"];
 const REMOVED: &str = "permanently removed from the cluster";
 /// Slow cards write slowly: K3s' times.
 const HEARTBEAT_MS: u32 = 500;
@@ -328,7 +331,7 @@ struct Said {
     is_removed: bool,
 }
 
-/// Brings its log into ours; what it repeats, once a minute.
+/// Brings its log into ours; what it repeats, from time to time.
 async fn listen(stderr: ChildStderr) -> Said {
     let mut said = Said::default();
     let mut known: HashMap<String, Instant> = HashMap::new();
@@ -364,12 +367,14 @@ fn line_of(line: &str) -> Option<(tracing::Level, String)> {
     if line.is_empty() {
         return None;
     }
+    let is_usual = USUAL.iter().any(|words| line.contains(words));
+    let at_most = |level| if is_usual { tracing::Level::DEBUG } else { level };
     let Ok(serde_json::Value::Object(fields)) = serde_json::from_str(line) else {
-        return Some((tracing::Level::WARN, line.chars().take(MAX_WORDS_CHARS).collect()));
+        return Some((at_most(tracing::Level::WARN), line.chars().take(MAX_WORDS_CHARS).collect()));
     };
     let text = |name: &str| fields.get(name).and_then(serde_json::Value::as_str).unwrap_or_default();
     let level = match text("level") {
-        "warn" => tracing::Level::WARN,
+        "warn" => at_most(tracing::Level::WARN),
         "debug" | "info" => tracing::Level::DEBUG,
         _ => tracing::Level::ERROR,
     };
@@ -449,9 +454,13 @@ mod tests {
         use tracing::Level;
         let json = r#"{"level":"warn","ts":"2026","caller":"x.go:1","msg":"slow","took":"1s","n":3}"#;
         for (line, want) in [
-            (json, Some((Level::WARN, "slow took=1s n=3"))),
+            (json, Some((Level::WARN, "slow n=3 took=1s"))),
             (r#"{"level":"fatal","msg":"gone"}"#, Some((Level::ERROR, "gone"))),
             (r#"{"level":"info","msg":"fine"}"#, Some((Level::DEBUG, "fine"))),
+            (
+                "2026-11-22 14:21:28.0 I | pkg/flags: x",
+                Some((Level::DEBUG, "2026-11-22 14:21:28.0 I | pkg/flags: x")),
+            ),
             ("panic: oh", Some((Level::WARN, "panic: oh"))),
             ("  ", None),
         ] {

@@ -23,6 +23,7 @@ use super::{end_left_over, join};
 /// Below it: which member stands for which Node.
 const NODES: &str = "/sampan/members/";
 const ANSWER: Duration = Duration::from_secs(5);
+const UNHEALTHY_ATTEMPTS: u32 = 20;
 const FIRST_DELAY: Duration = Duration::from_secs(2);
 const MAX_DELAY: Duration = Duration::from_secs(60);
 
@@ -120,16 +121,25 @@ async fn leave(folder: &Path, record: &Record) -> Result<()> {
     }
     let own = probed.into_iter().find(|(member, _)| member.peer_urls.contains(&peer));
     let Some((own, _)) = own else { return Ok(()) };
-    match members.remove(own.id).await {
-        Ok(()) => {}
-        Err(MembersError::Refused { detail, .. }) => {
-            bail!("this server's etcd member cannot leave now: {detail}; nothing was removed")
-        }
-        // the answer may have been lost with the member
-        Err(error) => {
-            let others = join::members_at(folder, &record.others)?.list().await;
-            if others.is_ok_and(|all| all.iter().any(|member| member.id == own.id)) {
-                return Err(error).context("removing this server's etcd member");
+    let mut attempts = 0;
+    loop {
+        match members.remove(own.id).await {
+            Ok(()) => break,
+            // it wants all to have been connected for five seconds
+            Err(error) if error.says("unhealthy cluster") && attempts < UNHEALTHY_ATTEMPTS => {
+                attempts += 1;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            Err(MembersError::Refused { detail, .. }) => {
+                bail!("this server's etcd member cannot leave now: {detail}; nothing was removed")
+            }
+            // the answer may have been lost with the member
+            Err(error) => {
+                let others = join::members_at(folder, &record.others)?.list().await;
+                if others.is_ok_and(|all| all.iter().any(|member| member.id == own.id)) {
+                    return Err(error).context("removing this server's etcd member");
+                }
+                break;
             }
         }
     }
