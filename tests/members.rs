@@ -155,6 +155,15 @@ fn who_may_not_join(s: &Space) -> Result<()> {
     // nobody without a certificate speaks to etcd
     let ran = s.exec(THIRD, &["curl", "-ksS", "https://10.64.0.11:2379/health"])?;
     ensure!(ran.code != 0, "{}", ran.text());
+    // somebody else has its port
+    let occupy = "import socket, time; s = socket.create_server(('127.0.0.1', 2379)); time.sleep(60)";
+    let script = format!(
+        "setsid python3 -c \"{occupy}\" </dev/null >/dev/null 2>&1 & echo $! >/tmp/occupied\n\
+         for i in $(seq 50); do grep -q ':094B 00000000:0000 0A' /proc/net/tcp && exit 0; sleep 0.1; done; exit 1"
+    );
+    shell(s, THIRD, &script)?;
+    refused(&["--cluster-init", "--data-dir", "/tmp/occupied-port"], "address already in use")?;
+    shell(s, THIRD, "kill $(cat /tmp/occupied); rm -rf /tmp/occupied*")?;
     // a cluster in SQLite can be neither joined nor turned into one
     let script = format!(
         "setsid {SAMPAN} server --config /dev/null --disable-agent --data-dir /tmp/sqlite --node-name y --node-ip 10.64.0.13 \
@@ -175,9 +184,15 @@ fn who_may_not_join(s: &Space) -> Result<()> {
 fn two_servers_join(s: &Space) -> Result<()> {
     for node in [SECOND, THIRD] {
         s.lab("stop", &[node])?.ok()?;
-        let start = clock::monotonic();
-        start_server(s, node)?;
-        println!("  {node} joined and serves after {:.1} s", start.elapsed().as_secs_f32());
+    }
+    // at once: etcd takes one in after the other
+    let start = clock::monotonic();
+    for node in [SECOND, THIRD] {
+        begin_server(s, node)?;
+    }
+    for node in [SECOND, THIRD] {
+        ready(s, node)?;
+        println!("  {node} has joined and serves after {:.1} s", start.elapsed().as_secs_f32());
     }
     for node in ALL {
         voters(s, node, &ALL)?;
