@@ -156,8 +156,9 @@ impl Common {
         self.entrance.put(wanted);
     }
 
-    /// What the server on `host`, which others reach at `url`, was given, in its configuration or on its command line.
-    pub async fn of_server(host: &Host, url: &str) -> Result<Self> {
+    /// What the server on `host` was given, in its configuration or on its command line. `url` is where others reach its
+    /// API on a port.
+    pub async fn of_server(host: &Host, url: impl FnOnce(u16) -> String) -> Result<Self> {
         if !host.facts.services.contains(Role::Server.service()) {
             return Err(Unfit(format!("{}: no server is installed there", host.name)).into());
         }
@@ -180,7 +181,7 @@ impl Common {
                 }
                 Entrance::Datastore(Datastore { endpoint: endpoint.to_string(), files })
             }
-            None if is_member(host, &effective.data_dir).await? => Entrance::Members(url.to_string()),
+            None if is_member(host, &effective.data_dir).await? => Entrance::Members(url(effective.port)),
             None => {
                 let text = format!(
                     "--server: {} keeps its cluster in SQLite, which no other server can share; several {SEVERAL} for the \

@@ -189,15 +189,17 @@ impl Args {
     /// What the servers have in common: as given, else as the first one has it.
     async fn common(&self, ask: &Arc<dyn Ask>) -> Result<Common> {
         let token = self.joined.known_token()?.map(|token| servers_token(&token)).transpose()?;
-        let url = self.joined.url()?;
+        let (named, host) = (self.joined.server_url.clone(), self.joined.host()?);
+        let url = |port| named.unwrap_or_else(|| crate::join::url_of(&host, port));
         let entrance = match self.datastore.read()? {
             Some(datastore) => Some(Entrance::Datastore(datastore)),
-            None => self.cluster.then(|| Entrance::Members(url.clone())),
+            None if self.cluster => Some(Entrance::Members(self.joined.url()?)),
+            None => None,
         };
         Ok(match (entrance, token) {
             (Some(entrance), Some(token)) => Common { entrance, token, equal: Vec::new() },
             (entrance, token) => {
-                let first = Common::of_server(&self.first_server(ask).await?, &url).await?;
+                let first = Common::of_server(&self.first_server(ask).await?, url).await?;
                 Common {
                     entrance: entrance.unwrap_or(first.entrance),
                     token: token.unwrap_or(first.token),

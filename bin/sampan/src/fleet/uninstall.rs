@@ -41,8 +41,8 @@ pub async fn run(args: &Args) -> Result<()> {
         match done.await {
             Ok((true, _, true)) => tell(
                 &way.name,
-                "sampan is removed, with all that it kept here and its member of the cluster's etcd; this machine's Node \
-                 is left to the other servers",
+                "sampan is removed, with all that it kept here and its member of the cluster's etcd (unless that can decide \
+                 nothing any more); this machine's Node is left to the other servers",
             ),
             Ok((true, true, _)) => tell(
                 &way.name,
