@@ -152,7 +152,7 @@ fn check_tells_how_certificates_stand(s: &Space) -> Result<()> {
     let of_authority = told(s, "amd64", "certificate-authority")?;
     ensure!(of_authority["DaysLeft"].as_i64() > Some(3640), "{of_authority}");
     sampan(s, "amd64", &["certificate", "check", "--service", "scheduler"])?.refused("inside the server")?;
-    sampan(s, "amd64", &["certificate", "check", "--service", "etcd"])?.refused("expected one of")?;
+    sampan(s, "amd64", &["certificate", "check", "--service", "nonsense"])?.refused("expected one of")?;
     sampan(s, "amd64", &["certificate", "check", "--data-dir", "/nowhere"])?.refused("--data-dir")?;
     // as this command will see them some day
     for (days, want, fails) in [(250, "WARNING", false), (370, "EXPIRED", true)] {

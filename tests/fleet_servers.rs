@@ -43,7 +43,7 @@ fn several_servers_need_a_datastore(lab: &Boards) -> Result<()> {
     let words = ["--datastore http://HOST:2379", "--token"];
     lab.fails(APPLY, 2, &words)?;
     lab.fails("plan hosts.yaml --servers 2", 2, &words)?;
-    lab.fails("install --ip 10.64.0.11 --ssh-key plain --cluster", 2, &words)?;
+    lab.fails("install --ip 10.64.0.11 --ssh-key plain --datastore http://e:2379", 2, &words[1..])?;
     let plan = lab.sampan(&format!("plan hosts.yaml --servers 2 --datastore {ENDPOINT} --token x"))?.ok()?;
     has(&plan, "--server \\\n")?;
     has(&plan, &format!("--datastore {ENDPOINT}"))

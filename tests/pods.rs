@@ -452,7 +452,8 @@ fn pod_on_no_node(s: &Space) -> Result<()> {
     )?;
     // the condition follows the event, by a moment
     s.pod("nowhere", seconds(10), |pod| {
-        let condition = pod["status"]["conditions"].as_array()?.iter().find(|c| c["type"] == "PodScheduled")?;
+        let condition =
+            pod["status"]["conditions"].as_array()?.iter().find(|c| c["type"] == "PodScheduled")?;
         (condition["reason"] == "Unschedulable").then_some(())
     })?;
     // it goes when the node fits after all

@@ -7,6 +7,7 @@ pub mod boards;
 pub mod cluster;
 pub mod etcd;
 pub mod image;
+pub mod members;
 pub mod peer;
 pub mod process;
 pub mod registry;

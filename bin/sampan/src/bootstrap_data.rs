@@ -8,69 +8,30 @@
 //! stopped server when that starts. Deliberately different from K3s: no clocks are compared; the key is not named after
 //! the token, so that two tokens cannot make two clusters; a new token is handed on, sealed with the one before, for an
 //! hour.
-use std::collections::BTreeMap;
+mod envelope;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
-use jiff::Timestamp;
-use sampan_pki::sealed::{self, SealError};
-use sampan_pki::{Authority, JoinToken, ServiceAccountKey, rotation};
+use sampan_pki::{JoinToken, rotation};
 use sampan_store::{Entry, Store, Write, WriteError};
-use sampan_world::{clock, files, random};
+use sampan_world::{clock, files};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
+use self::envelope::{Envelope, Files, Handover, Shared, check_settings};
+pub use self::envelope::{EtcdAuthority, Settings};
 use crate::certificate::server::{kept_token, write_token};
 use crate::datastore::RECORD;
 
 pub const KEY: &str = "/sampan/bootstrap";
-const VERSION: u32 = 1;
 /// Others write the key, too; who loses so often gives up until the next pass.
 const ROUNDS: usize = 8;
-/// A server that was away for longer has to be given the new token.
-const HANDOVER_S: i64 = 3600;
 /// After the datastore's watch ended.
 const RETRY: Duration = Duration::from_secs(5);
-
-/// The files that all servers have in common; PEM.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Files {
-    authority: String,
-    authority_key: String,
-    account_keys: String,
-}
-
-/// Settings that must be equal, by their flags.
-pub type Settings = BTreeMap<String, String>;
-
-/// What is sealed.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Shared {
-    #[serde(flatten)]
-    files: Files,
-    settings: Settings,
-}
-
-/// What lies in the datastore.
-#[derive(Clone, Serialize, Deserialize)]
-struct Envelope {
-    version: u32,
-    sealed: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    handover: Option<Handover>,
-}
-
-/// The token that sealed it, sealed with the one before.
-#[derive(Clone, Serialize, Deserialize)]
-struct Handover {
-    since: Timestamp,
-    sealed: String,
-}
 
 /// What the files and the datastore last agreed on.
 #[derive(Clone)]
@@ -133,130 +94,6 @@ struct Verdict {
     token: String,
 }
 
-impl Files {
-    /// Those in `tls`; `None` unless all are there.
-    fn read(tls: &Path) -> Result<Option<Self>> {
-        let mut texts = Vec::new();
-        for name in ["server-ca.crt", "server-ca.key", "service-account.key"] {
-            match std::fs::read_to_string(tls.join(name)) {
-                Ok(text) => texts.push(text),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-                Err(error) => return Err(error).with_context(|| tls.join(name).display().to_string()),
-            }
-        }
-        let mut texts = texts.into_iter();
-        let (Some(authority), Some(authority_key), Some(account_keys)) =
-            (texts.next(), texts.next(), texts.next())
-        else {
-            return Ok(None);
-        };
-        Ok(Some(Self { authority, authority_key, account_keys }))
-    }
-
-    /// New ones, which nobody uses yet.
-    fn make(tls: &Path) -> Result<Self> {
-        let folder = tls.join(format!(".first-{}", random::suffix(8)));
-        let made = (|| {
-            Authority::load_or_create(&folder)?;
-            ServiceAccountKey::load_or_create(&folder.join("service-account.key"))?;
-            Self::read(&folder)?.context("the cluster's new keys are gone")
-        })();
-        let _ = std::fs::remove_dir_all(&folder);
-        made
-    }
-
-    /// Puts them in place; what was there is kept beside `tls`.
-    fn install(&self, tls: &Path) -> Result<()> {
-        // nothing that cannot be used is put in place
-        Authority::from_pem(&self.authority, &self.authority_key, "the datastore's certificate authority")?;
-        let replacement = rotation::Replacement {
-            authority: Some((self.authority.clone(), self.authority_key.clone())),
-            account_keys: Some(self.account_keys.clone()),
-        };
-        replacement.stage(tls)?;
-        if let Some(backup) = rotation::install(tls, clock::now())? {
-            // empty where there was nothing
-            let _ = std::fs::remove_dir(backup);
-        }
-        Ok(())
-    }
-
-    fn digest(&self) -> String {
-        let all = [&self.authority, &self.authority_key, &self.account_keys];
-        let digests: String = all.map(|text| sampan_pki::sha256_hex(text.as_bytes())).concat();
-        sampan_pki::sha256_hex(digests.as_bytes())
-    }
-}
-
-impl Envelope {
-    fn seal(token: &str, shared: &Shared, handover: Option<Handover>) -> Result<Self> {
-        let sealed = BASE64.encode(sealed::seal(token, &serde_json::to_vec(shared)?)?);
-        Ok(Self { version: VERSION, sealed, handover })
-    }
-
-    fn read(bytes: &[u8]) -> Result<Self> {
-        let wrong = "the datastore's bootstrap data cannot be read";
-        let envelope: Self = serde_json::from_slice(bytes).context(wrong)?;
-        if envelope.version != VERSION {
-            bail!("{wrong}: it is of version {}; this program knows {VERSION}", envelope.version);
-        }
-        Ok(envelope)
-    }
-
-    /// `None` when the token is another.
-    fn open(&self, token: &str) -> Result<Option<Shared>> {
-        let plain = opened(token, &self.sealed)?;
-        plain.map(|plain| Ok(serde_json::from_slice(&plain)?)).transpose()
-    }
-
-    /// The present token, for who has the one before.
-    fn handed_over(&self, before: &str) -> Result<Option<String>> {
-        let Some(handover) = &self.handover else { return Ok(None) };
-        Ok(opened(before, &handover.sealed)?.and_then(|plain| String::from_utf8(plain).ok()))
-    }
-
-    fn is_overdue(&self, now: Timestamp) -> bool {
-        self.handover.as_ref().is_some_and(|h| (now.as_second() - h.since.as_second()).abs() > HANDOVER_S)
-    }
-
-    fn bytes(&self) -> Result<Vec<u8>> {
-        Ok(serde_json::to_vec(self)?)
-    }
-}
-
-impl Handover {
-    fn new(before: &str, token: &str) -> Result<Self> {
-        let sealed = BASE64.encode(sealed::seal(before, token.as_bytes())?);
-        Ok(Self { since: clock::now_seconds(), sealed })
-    }
-}
-
-fn opened(secret: &str, text: &str) -> Result<Option<Vec<u8>>> {
-    match sealed::open(secret, &BASE64.decode(text).context("the datastore's bootstrap data")?) {
-        Ok(plain) => Ok(Some(plain)),
-        Err(SealError::Secret) => Ok(None),
-        Err(error) => Err(error).context("the datastore's bootstrap data"),
-    }
-}
-
-/// Refuses settings that differ from the cluster's.
-fn check_settings(own: &Settings, cluster: &Settings) -> Result<()> {
-    let differing: Vec<String> = own
-        .iter()
-        .filter_map(|(flag, own)| {
-            let cluster = cluster.get(flag).filter(|cluster| *cluster != own)?;
-            Some(format!("{flag} is {own} here and {cluster} in the cluster"))
-        })
-        .collect();
-    match differing.is_empty() {
-        true => Ok(()),
-        false => bail!(
-            "critical configuration value mismatch between servers: {}. Servers that share a datastore need the same",
-            differing.join("; ")
-        ),
-    }
-}
-
 const OTHER_TOKEN: &str = "the datastore holds a cluster whose token is another (bootstrap data already found and \
                            encrypted with different token): give --token as the cluster's other servers have it; after \
                            `sampan token rotate`, the new one";
@@ -287,6 +124,7 @@ impl BootstrapData {
         endpoints: &[String],
         given: Option<&str>,
         own: &Settings,
+        etcd: Option<&EtcdAuthority>,
     ) -> Result<Arc<Self>> {
         let tls = folder.join("tls");
         rotation::install(&tls, clock::now()).context("ending the replacement of the authority")?;
@@ -294,13 +132,14 @@ impl BootstrapData {
         for _ in 0..ROUNDS {
             let (entry, _) = store.get(KEY, None).await.context("reading the bootstrap data")?;
             let Some(entry) = entry else {
-                Self::begin(store, folder, &tokens, own).await?;
+                Self::begin(store, folder, &tokens, own, etcd).await?;
                 continue;
             };
             let token = {
                 let (tokens, own) = (tokens.clone(), own.clone());
                 let given = given.map(JoinToken::parse).transpose().context("--token")?;
-                tokio::task::spawn_blocking(move || admitted(&entry, &tokens, given.as_ref(), &own)).await??
+                let admitting = move || admitted(&entry.value, &tokens, given.as_ref(), &own);
+                tokio::task::spawn_blocking(admitting).await??.0
             };
             write_token(folder, &token)?;
             let record: Option<Record> =
@@ -324,7 +163,13 @@ impl BootstrapData {
     }
 
     /// The first server: offers the files that it has, or new ones. Somebody else may be faster.
-    async fn begin(store: &Store, folder: &Path, tokens: &[String], own: &Settings) -> Result<()> {
+    async fn begin(
+        store: &Store,
+        folder: &Path,
+        tokens: &[String],
+        own: &Settings,
+        etcd: Option<&EtcdAuthority>,
+    ) -> Result<()> {
         let (tls, record) = (folder.join("tls"), folder.join(RECORD));
         if record.exists() {
             bail!(
@@ -337,13 +182,13 @@ impl BootstrapData {
             bail!("--token differs from the one that this server used before: give that one, or none");
         }
         let Some(token) = tokens.first().cloned() else { return Ok(()) };
-        let own = own.clone();
+        let (settings, etcd) = (own.clone(), etcd.cloned());
         let bytes = tokio::task::spawn_blocking(move || {
             let files = match Files::read(&tls)? {
                 Some(files) => files,
                 None => Files::make(&tls)?,
             };
-            Envelope::seal(&token, &Shared { files, settings: own }, None)?.bytes()
+            Envelope::seal(&token, &Shared { files, settings, etcd }, None)?.bytes()
         });
         match store.write(Write::create(KEY, bytes.await??)).await {
             Ok(_) => tracing::info!("this server makes the cluster"),
@@ -405,6 +250,17 @@ impl BootstrapData {
         }
     }
 
+    /// The sealed data as it lies in the datastore.
+    pub async fn sealed(&self) -> Result<Option<bytes::Bytes>> {
+        let (entry, _) = self.store.get(KEY, None).await.context("reading the bootstrap data")?;
+        Ok(entry.map(|entry| entry.value))
+    }
+
+    /// Where the cluster is, as this server knows it.
+    pub fn endpoints(&self) -> &[String] {
+        &self.endpoints
+    }
+
     /// Waits until another server changed something.
     pub async fn changed(&self) {
         self.changed.notified().await;
@@ -413,8 +269,13 @@ impl BootstrapData {
 
 /// The token, of those, that opens it. One that was given must be it, and what it says of the authority must be true; the
 /// settings must be the cluster's.
-fn admitted(entry: &Entry, tokens: &[String], given: Option<&JoinToken>, own: &Settings) -> Result<String> {
-    let envelope = Envelope::read(&entry.value)?;
+fn admitted(
+    value: &[u8],
+    tokens: &[String],
+    given: Option<&JoinToken>,
+    own: &Settings,
+) -> Result<(String, Shared)> {
+    let envelope = Envelope::read(value)?;
     for token in tokens {
         let Some(shared) = envelope.open(token)? else { continue };
         if let Some(given) = given {
@@ -429,9 +290,15 @@ fn admitted(entry: &Entry, tokens: &[String], given: Option<&JoinToken>, own: &S
             }
         }
         check_settings(own, &shared.settings)?;
-        return Ok(token.clone());
+        return Ok((token.clone(), shared));
     }
     bail!(OTHER_TOKEN)
+}
+
+/// What a server that is to run an etcd member needs of the sealed data: the authority of the members.
+pub fn for_member(value: &[u8], given: &JoinToken, own: &Settings) -> Result<EtcdAuthority> {
+    let (_, shared) = admitted(value, &[given.bearer()], Some(given), own)?;
+    shared.etcd.context("the cluster's bootstrap data holds no authority of etcd's members")
 }
 
 /// What is to be done; `None` when there is nothing.
@@ -530,6 +397,9 @@ fn take(folder: &Path, endpoints: Vec<String>, verdict: &Verdict) -> Result<bool
 
 #[cfg(test)]
 mod tests {
+    use sampan_pki::Authority;
+
+    use super::envelope::HANDOVER_S;
     use super::*;
 
     fn settings(cidr: &str) -> Settings {
@@ -616,7 +486,7 @@ mod tests {
         let (mut a, mut b) = (Server::new("t"), Server::new("t"));
         let made = Files::make(&a.folder.path().join("tls")).unwrap();
         assert!(a.files().is_none(), "nobody uses them yet");
-        let shared = Shared { files: made.clone(), settings: settings("10.42.0.0/16") };
+        let shared = Shared { files: made.clone(), settings: settings("10.42.0.0/16"), etcd: None };
         let mut key = entry(Envelope::seal("t", &shared, None).unwrap().bytes().unwrap(), 5);
         for server in [&mut a, &mut b] {
             assert!(!server.reconcile(&mut key).unwrap());
@@ -656,12 +526,23 @@ mod tests {
     fn who_may_join() {
         let folder = tempfile::tempdir().unwrap();
         let files = Files::make(folder.path()).unwrap();
-        let shared = Shared { files, settings: settings("10.42.0.0/16") };
+        let mut shared = Shared { files, settings: settings("10.42.0.0/16"), etcd: None };
+        let good = JoinToken::parse("good").unwrap();
+        let of_member = |shared: &Shared| {
+            let value = Envelope::seal("good", shared, None).unwrap().bytes().unwrap();
+            for_member(&value, &good, &settings("10.42.0.0/16"))
+                .map(|etcd| etcd.key)
+                .map_err(|e| e.to_string())
+        };
+        assert!(of_member(&shared).unwrap_err().contains("no authority of etcd's members"));
+        shared.etcd = Some(EtcdAuthority { certificate: "c".to_string(), key: "k".to_string() });
+        assert_eq!(of_member(&shared).unwrap(), "k");
         let key = entry(Envelope::seal("good", &shared, None).unwrap().bytes().unwrap(), 1);
         let join = |tokens: &[&str], given: Option<&str>, cidr: &str| {
             let tokens: Vec<String> = tokens.iter().map(|t| (*t).to_string()).collect();
             let given = given.map(|given| JoinToken::parse(given).unwrap());
-            admitted(&key, &tokens, given.as_ref(), &settings(cidr)).map_err(|e| e.to_string())
+            let admitted = admitted(&key.value, &tokens, given.as_ref(), &settings(cidr));
+            admitted.map(|(token, _)| token).map_err(|e| e.to_string())
         };
         assert_eq!(join(&["good"], Some("good"), "10.42.0.0/16").unwrap(), "good");
         assert_eq!(join(&["good"], None, "10.42.0.0/16").unwrap(), "good");

@@ -64,7 +64,7 @@ pub struct Of {
     /// Where everything is kept
     #[arg(short, long, default_value = files::DATA_DIR)]
     data_dir: PathBuf,
-    /// Only these: admin, api-server, kubelet, certificate-authority; may be repeated
+    /// Only these: admin, api-server, kubelet, etcd, certificate-authority; may be repeated
     #[arg(short, long, value_delimiter = ',')]
     service: Vec<String>,
 }

@@ -13,6 +13,7 @@ use sampan_scheduler::{PlatformCache, Scheduler};
 use sampan_telemetry::supervise;
 
 use crate::leader::{self, Election};
+use crate::members::removal::Removals;
 use crate::mirror::{self, Directory};
 use crate::node;
 use crate::platforms::RegistryPlatforms;
@@ -23,6 +24,8 @@ pub struct ControlPlane {
     pub options: sampan_controllers::Options,
     pub programs: Arc<Programs>,
     platforms: PlatformCache,
+    /// Where servers run etcd themselves.
+    removals: Option<Arc<Removals>>,
 }
 
 impl ControlPlane {
@@ -32,6 +35,7 @@ impl ControlPlane {
         programs: &Arc<Programs>,
         private_registry: &std::path::Path,
         images: Option<&Arc<Directory>>,
+        removals: Option<Arc<Removals>>,
     ) -> Result<Arc<Self>> {
         let registries = node::registries(private_registry)?;
         let peers = images.map(|directory| mirror::through_tunnels(directory, &registries));
@@ -42,6 +46,7 @@ impl ControlPlane {
             options,
             programs: programs.clone(),
             platforms: PlatformCache::new(Arc::new(platforms)),
+            removals,
         }))
     }
 
@@ -68,14 +73,18 @@ impl ControlPlane {
 
     fn start_controllers(&self, router: Router) {
         let identity = Identity::new("system:kube-controller-manager", &[Identity::MASTERS]);
-        let informers = in_process::client(router.clone(), identity, "kube-controller-manager");
+        let client = in_process::client(router.clone(), identity, "kube-controller-manager");
+        let informers = Informers::new(client.clone());
+        if let Some(removals) = &self.removals {
+            removals.follow(client, &informers);
+        }
         sampan_controllers::start(sampan_controllers::Context {
             clients: Arc::new(move |name: &'static str| {
                 let user = format!("system:serviceaccount:kube-system:{name}");
                 let groups = ["system:serviceaccounts", "system:serviceaccounts:kube-system"];
                 in_process::client(router.clone(), Identity::new(&user, &groups), "kube-controller-manager")
             }),
-            informers: Informers::new(informers),
+            informers,
             options: self.options.clone(),
             image_platforms: Some(Arc::new(self.platforms.clone())),
             programs: Some(Arc::new({

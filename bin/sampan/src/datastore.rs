@@ -3,7 +3,8 @@
 //! Upstream counterparts: K3s' `--datastore-endpoint` and its neighbours, pkg/cluster/storage.go. What stays true: a data
 //! folder belongs to one cluster in one place. A server whose flags name another place than its folder does not start:
 //! it would begin an empty cluster, and its node would end the pods that nobody there knows. Deliberately different from
-//! K3s: SQLite and etcd only, and nothing is moved from one to the other.
+//! K3s: SQLite and etcd only, and nothing is moved from one to the other. (Of an etcd that servers run themselves:
+//! [`crate::members`].)
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use sampan_store::{Etcd, Store};
 
 /// Beside `db`, in the data folder's `server`: says that the cluster is in an etcd, and how it stood there.
 pub const RECORD: &str = "datastore.json";
-const SQLITE: &str = "db/state.db";
+pub const SQLITE: &str = "db/state.db";
 /// An etcd that does not answer is asked again for so long: machines that start together need not do so in order.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -125,7 +126,8 @@ pub fn check_folder(folder: &Path, datastore: Option<&Datastore>) -> Result<()> 
     }
 }
 
-fn recorded_endpoints(record: &Path) -> String {
+/// Where that record says that the cluster is; empty where there is none.
+pub fn recorded_endpoints(record: &Path) -> String {
     let text = std::fs::read(record).unwrap_or_default();
     let value: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
     let all = value["endpoints"].as_array().into_iter().flatten().filter_map(|e| e.as_str());
@@ -133,6 +135,16 @@ fn recorded_endpoints(record: &Path) -> String {
 }
 
 impl Datastore {
+    /// The etcd that a server runs itself.
+    pub fn of_member(endpoint: &str, cafile: PathBuf, certfile: PathBuf, keyfile: PathBuf) -> Self {
+        Self {
+            endpoints: vec![endpoint.to_string()],
+            cafile: Some(cafile),
+            certfile: Some(certfile),
+            keyfile: Some(keyfile),
+        }
+    }
+
     /// Connects, and waits for an etcd that does not answer yet.
     pub async fn connect(&self) -> Result<Store> {
         let etcd = Etcd {

@@ -402,7 +402,7 @@ fn node_password(folder: &Path) -> Result<String> {
     Ok(text)
 }
 
-async fn fetch_authority(server: &str) -> Result<String> {
+pub async fn fetch_authority(server: &str) -> Result<String> {
     let (status, body) = send(server, None, None, Request::get(AUTHORITY_PATH), Vec::new()).await?;
     if status != StatusCode::OK {
         bail!("{server}{AUTHORITY_PATH} answered {status}");
@@ -411,7 +411,7 @@ async fn fetch_authority(server: &str) -> Result<String> {
 }
 
 /// The message of a `Status`, or the text itself.
-fn message(body: &[u8]) -> String {
+pub fn message(body: &[u8]) -> String {
     let status: Option<serde_json::Value> = serde_json::from_slice(body).ok();
     let message = status.as_ref().and_then(|s| s.get("message")).and_then(serde_json::Value::as_str);
     message.map_or_else(|| String::from_utf8_lossy(body).trim().to_string(), str::to_string)
@@ -474,7 +474,7 @@ fn advice(error: &std::io::Error) -> String {
     }
 }
 
-async fn send(
+pub async fn send(
     server: &str,
     trusted_pem: Option<&str>,
     own: Option<Arc<LiveCertificate>>,

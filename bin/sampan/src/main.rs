@@ -19,6 +19,7 @@ mod lab;
 mod leader;
 mod manifest;
 mod manifests;
+mod members;
 mod mirror;
 mod node;
 mod node_upgrade;
@@ -69,6 +70,9 @@ enum Command {
     /// Images of this node, of registries and of archives
     #[command(subcommand)]
     Image(image::Command),
+    /// Have this machine's etcd member leave its cluster
+    #[command(hide = true)]
+    Leave(members::removal::Args),
 }
 
 fn main() -> ExitCode {
@@ -96,6 +100,7 @@ fn main() -> ExitCode {
         Command::Certificate(command) => certificate::run(command),
         Command::Manifest(command) => manifest::run(command),
         Command::Image(command) => image::run(command),
+        Command::Leave(args) => members::removal::run(&args),
         Command::Registry(command) => registry::run(command),
         Command::Fleet(command) => return fleet::run(command),
         Command::Lab(command) => return lab::run(command).unwrap_or_else(|e| fail(&e)),

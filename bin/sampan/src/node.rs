@@ -65,6 +65,10 @@ impl NodeArgs {
         }
     }
 
+    pub fn is_debugged(&self) -> bool {
+        self.debug
+    }
+
     /// The node's name: lower case, as Kubernetes wants it.
     pub fn name(&self) -> Result<String> {
         let name = match &self.node_name {

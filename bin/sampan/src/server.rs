@@ -1,8 +1,9 @@
 //! `sampan server`: the control plane, and (unless told not to) a node on the same machine, in one process. Any number of
-//! servers share an etcd ([`crate::datastore`]); what one of them alone may do, who leads does ([`crate::leader`]).
+//! servers share an etcd ([`crate::datastore`]), or run one together ([`crate::members`]); what one of them alone may do, who leads does ([`crate::leader`]).
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use sampan_admission::Chain;
@@ -15,13 +16,16 @@ use sampan_store::Store;
 use sampan_tunnel::Nodes;
 
 use crate::agent::tunnels;
-use crate::bootstrap_data::BootstrapData;
+use crate::bootstrap_data::{BootstrapData, EtcdAuthority, Settings};
 use crate::certificate::node_events::NodeEvents;
 use crate::certificate::server::{self as certificates, ServerCertificates};
 use crate::control_plane::ControlPlane;
 use crate::datastore::{self, Datastore, DatastoreArgs};
 use crate::join::Cluster;
 use crate::leader::{self, Election};
+use crate::members::join::Offers;
+use crate::members::removal::Removals;
+use crate::members::{self, Member, MemberArgs, Own};
 use crate::mirror::{self, Directory};
 use crate::node::{self, NodeArgs};
 use crate::tunnel_endpoint::{self, Access, Endpoint};
@@ -77,7 +81,28 @@ pub struct Args {
     #[command(flatten)]
     datastore: DatastoreArgs,
     #[command(flatten)]
+    members: MemberArgs,
+    #[command(flatten)]
     node: NodeArgs,
+}
+
+impl Args {
+    fn certificate_lifetime_seconds(&self) -> Result<i64> {
+        crate::token::seconds(&self.certificate_lifetime).context("--certificate-lifetime")
+    }
+
+    /// Who this server is among etcd's members.
+    fn own<'a>(&'a self, folder: &'a Path, same: &'a Settings) -> Result<Own<'a>> {
+        Ok(Own {
+            folder,
+            name: self.node.name()?,
+            address: self.node.ip()?,
+            token: self.token.as_deref(),
+            settings: same,
+            certificate_lifetime_seconds: self.certificate_lifetime_seconds()?,
+            is_debugged: self.node.is_debugged(),
+        })
+    }
 }
 
 pub fn run(args: Args) -> Result<()> {
@@ -94,16 +119,57 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 async fn serve(args: Args) -> Result<()> {
-    let started = sampan_world::clock::monotonic();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let folder = args.node.data_dir.join("server");
-    let tls = folder.join("tls");
     let addresses = Addresses::of(&args)?;
+    let same = addresses.same();
+    if args.members.cluster_reset {
+        return members::reset(&args.members, &args.own(&folder, &same)?).await;
+    }
     let datastore = args.datastore.parse()?;
-    datastore::check_folder(&folder, datastore.as_ref())?;
-    make_private(&tls)?;
-    let (store, shared) = open_store(&args, &folder, &addresses, datastore.as_ref()).await?;
-    let certificates = ServerCertificates::open(settings(&args, &folder, &addresses, shared)?)?;
+    let way = members::way(&folder, &args.members, datastore.as_ref())?;
+    let Some(way) = way else {
+        datastore::check_folder(&folder, datastore.as_ref())?;
+        return serve_with(&args, &addresses, datastore, None, &AtomicBool::new(false)).await;
+    };
+    let own = args.own(&folder, &same)?;
+    let is_up = AtomicBool::new(false);
+    // until it is up nobody else heeds a signal, and etcd would be left behind
+    let ended_early = async {
+        node::wait_for_end().await;
+        if is_up.load(Ordering::Acquire) {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::pin!(ended_early);
+    let member = tokio::select! {
+        member = Member::start(&args.members, &way, &own) => member?,
+        () = &mut ended_early => return Ok(()),
+    };
+    let done = tokio::select! {
+        done = serve_with(&args, &addresses, Some(member.datastore()), Some(&member), &is_up) => done,
+        () = &mut ended_early => Ok(()),
+    };
+    member.end().await;
+    done
+}
+
+/// Serves until it is to end; `is_up` says from when on that is heeded here.
+async fn serve_with(
+    args: &Args,
+    addresses: &Addresses,
+    datastore: Option<Datastore>,
+    member: Option<&Member>,
+    is_up: &AtomicBool,
+) -> Result<()> {
+    let started = sampan_world::clock::monotonic();
+    let folder = args.node.data_dir.join("server");
+    make_private(&folder.join("tls"))?;
+    let etcd = member.map(|member| member.certificate.files().shared()).transpose()?;
+    let (store, shared) = open_store(args, &folder, addresses, datastore.as_ref(), etcd.as_ref()).await?;
+    let mut settings = settings(args, &folder, addresses, shared.clone())?;
+    settings.member = member.map(|member| member.certificate.clone());
+    let certificates = ServerCertificates::open(settings)?;
 
     let nodes = Arc::new(Nodes::default());
     let endpoint = Arc::new(Endpoint {
@@ -113,6 +179,7 @@ async fn serve(args: Args) -> Result<()> {
         access: std::sync::OnceLock::new(),
         programs: crate::programs::Programs::new(folder.join("binaries"))?,
         advertise: addresses.advertise,
+        offers: Offers { shared, members: member.map(Member::local).transpose()? },
     });
     let mut config = Config::new(store.clone());
     config.dialer = Some(nodes.clone());
@@ -173,7 +240,8 @@ async fn serve(args: Args) -> Result<()> {
         ..sampan_controllers::Options::default()
     };
     let (name, registries) = (args.node.name()?, &args.node.private_registry);
-    let plane = ControlPlane::new(&api, options, &endpoint.programs, registries, images.as_ref())?;
+    let removals = member.map(|_| Removals::new(&store, &folder));
+    let plane = ControlPlane::new(&api, options, &endpoint.programs, registries, images.as_ref(), removals)?;
     let mut election = Election::new(&name);
     let announced = match store.is_shared() {
         true => {
@@ -189,7 +257,11 @@ async fn serve(args: Args) -> Result<()> {
     crate::manifests::start(client.clone(), folder.join("manifests"), of_server)?;
     let mut events = None;
     if !args.disable_agent {
-        tokio::spawn(show_role(client, args.node.name()?));
+        let etcd = match member {
+            Some(member) => Some((store.clone(), member.id().await?)),
+            None => None,
+        };
+        tokio::spawn(show_role(client, args.node.name()?, etcd));
         let identity = Identity::new(&format!("system:node:{}", args.node.name()?), &["system:nodes"]);
         let client = api.client(identity, "kubelet");
         events = Some(NodeEvents::new(client.clone(), &args.node.name()?));
@@ -201,9 +273,11 @@ async fn serve(args: Args) -> Result<()> {
         node::start_local(&args.node, &addresses.cluster, client, &nodes, mirror, others).await?;
     }
     certificates.keep(authenticator, events)?;
-    let lost = tokio::select! {
+    is_up.store(true, Ordering::Release);
+    let fault: Option<anyhow::Error> = tokio::select! {
         () = node::wait_for_end() => None,
-        lost = election.lost() => Some(lost),
+        lost = election.lost() => Some(lost.into()),
+        gone = gone(member) => Some(gone.into()),
     };
     tracing::info!("ending: pods run on");
     tokio::join!(election.end(), async {
@@ -215,7 +289,15 @@ async fn serve(args: Args) -> Result<()> {
     api.shut_down();
     let _ = server.await;
     store.close().await.context("closing the store")?;
-    lost.map_or(Ok(()), |lost| Err(lost.into()))
+    fault.map_or(Ok(()), Err)
+}
+
+/// Waits until the cluster has removed this server's etcd member, where it has one.
+async fn gone(member: Option<&Member>) -> members::Removed {
+    match member {
+        Some(member) => member.gone().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// How the server's own node lets other servers reach it.
@@ -231,6 +313,7 @@ async fn open_store(
     folder: &Path,
     addresses: &Addresses,
     datastore: Option<&Datastore>,
+    etcd: Option<&EtcdAuthority>,
 ) -> Result<(Store, Option<Arc<BootstrapData>>)> {
     let Some(datastore) = datastore else {
         make_private(&folder.join("db"))?;
@@ -240,29 +323,33 @@ async fn open_store(
     };
     crate::bootstrap_data::candidates(folder, args.token.as_deref())?;
     let store = datastore.connect().await?;
-    let cluster = &addresses.cluster;
-    let same = [
-        ("--cluster-cidr", &cluster.cluster_cidr),
-        ("--service-cidr", &cluster.service_cidr),
-        ("--cluster-dns", &cluster.cluster_dns),
-        ("--cluster-domain", &cluster.cluster_domain),
-    ];
-    let same = same.map(|(flag, value)| (flag.to_string(), value.clone())).into();
     let (token, endpoints) = (args.token.as_deref(), &datastore.endpoints);
-    let shared = BootstrapData::join(&store, folder, endpoints, token, &same).await?;
+    let shared = BootstrapData::join(&store, folder, endpoints, token, &addresses.same(), etcd).await?;
     Ok((store, Some(shared)))
 }
 
-/// Shows this server's node with the role `control-plane`, as K3s does. No kubelet may give itself a role.
-async fn show_role(client: kube::Client, node: String) {
+/// Shows this server's node with the role `control-plane`, and `etcd` where it has a member, as K3s does. No kubelet may
+/// give itself a role. Which member stands for the node is written down.
+async fn show_role(client: kube::Client, node: String, etcd: Option<(Store, u64)>) {
     use kube::api::{Patch, PatchParams};
     let nodes = kube::Api::<k8s_openapi::api::core::v1::Node>::all(client);
-    let patch =
-        serde_json::json!({"metadata": {"labels": {"node-role.kubernetes.io/control-plane": "true"}}});
+    let mut labels = serde_json::json!({"node-role.kubernetes.io/control-plane": "true"});
+    if etcd.is_some() {
+        labels["node-role.kubernetes.io/etcd"] = "true".into();
+    }
+    let patch = serde_json::json!({"metadata": {"labels": labels}});
     let mut delay = std::time::Duration::from_millis(100);
-    while let Err(error) = nodes.patch(&node, &PatchParams::default(), &Patch::Merge(&patch)).await {
+    loop {
+        let shown = async {
+            let node = nodes.patch(&node, &PatchParams::default(), &Patch::Merge(&patch)).await?;
+            match &etcd {
+                Some((store, id)) => members::removal::register(store, &node, *id).await,
+                None => Ok(()),
+            }
+        };
         // it registers in a moment
-        tracing::debug!(%error, "labelling node {node}");
+        let Err(error) = shown.await else { return };
+        tracing::debug!("labelling node {node}: {error:#}");
         tokio::time::sleep(delay).await;
         delay = (delay * 2).min(std::time::Duration::from_secs(10));
     }
@@ -302,6 +389,18 @@ struct Addresses {
 }
 
 impl Addresses {
+    /// What must be equal on all servers of a cluster.
+    fn same(&self) -> Settings {
+        let cluster = &self.cluster;
+        let same = [
+            ("--cluster-cidr", &cluster.cluster_cidr),
+            ("--service-cidr", &cluster.service_cidr),
+            ("--cluster-dns", &cluster.cluster_dns),
+            ("--cluster-domain", &cluster.cluster_domain),
+        ];
+        same.map(|(flag, value)| (flag.to_string(), value.clone())).into()
+    }
+
     fn of(args: &Args) -> Result<Self> {
         let Some(service_cidr) = Cidr::parse(&args.service_cidr) else {
             bail!("--service-cidr {}: expected an address range such as 10.43.0.0/16", args.service_cidr)
@@ -365,9 +464,9 @@ fn settings(
         kubeconfig_mode: u32::from_str_radix(mode, 8)
             .with_context(|| format!("--write-kubeconfig-mode {mode}: expected octal, as in 644"))?,
         server: format!("https://127.0.0.1:{}", args.https_listen_port),
-        lifetime_seconds: crate::token::seconds(&args.certificate_lifetime)
-            .context("--certificate-lifetime")?,
+        lifetime_seconds: args.certificate_lifetime_seconds()?,
         shared,
+        member: None,
     })
 }
 

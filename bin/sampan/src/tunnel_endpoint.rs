@@ -1,5 +1,5 @@
 //! What the server answers besides the API: `GET /cacerts`, `POST /v1-sampan/join` and the agents'
-//! `GET /v1-sampan/connect` and `GET /v1-sampan/authority`.
+//! `GET /v1-sampan/connect` and `GET /v1-sampan/authority`, and other servers' `GET /v1-sampan/bootstrap`.
 use std::convert::Infallible;
 use std::sync::Arc;
 
@@ -17,12 +17,15 @@ use tower::util::BoxCloneSyncService;
 
 use crate::certificate::server::ServerCertificates;
 use crate::join::{AUTHORITY_CHANGES, AUTHORITY_PATH, Cluster, JoinAnswer, JoinRequest};
+use crate::members::{self, join::Offers};
 use crate::mirror::Directory;
 use crate::programs::{self, Programs};
 
 /// Of the answer to a tunnel: where this server's API is, as the cluster lists it. What a node named may be another name
 /// of it, or lead to another server each time.
 pub const SERVER: &str = "sampan-server";
+/// Who has the servers' own token; other servers may join by it.
+pub const JOIN_USER: &str = "system:sampan:join";
 /// Members of this group may join nodes: upstream's group of bootstrap tokens.
 pub const JOINERS: &str = "system:bootstrappers";
 /// What is answered here and not by the API server.
@@ -37,6 +40,8 @@ pub struct Endpoint {
     pub programs: Arc<Programs>,
     /// Where this server's API is, as the cluster lists it.
     pub advertise: std::net::SocketAddr,
+    /// What other servers are told that want to join.
+    pub offers: Offers,
 }
 
 pub struct Access {
@@ -97,6 +102,14 @@ impl Endpoint {
                     Some(images) => images.answer(&node, &parts).await,
                     None => Err(Status::bad_request("the cluster has no embedded registry")),
                 }
+            }
+            (Method::GET, members::join::PATH) => {
+                if identity.username != JOIN_USER {
+                    return Err(Status::unauthorized());
+                }
+                let offer = self.offers.offer().await.map_err(|e| Status::unavailable(format!("{e:#}")))?;
+                let text = serde_json::to_vec(&offer).map_err(|e| Status::internal(e.to_string()))?;
+                Ok(Response::new(body::full(text)))
             }
             (Method::GET, AUTHORITY_CHANGES) => {
                 if node.is_none() {

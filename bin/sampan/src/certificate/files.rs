@@ -14,8 +14,9 @@ pub const DATA_DIR: &str = "/var/lib/sampan";
 pub const ADMIN: &str = "admin";
 pub const API_SERVER: &str = "api-server";
 pub const KUBELET: &str = "kubelet";
+pub const ETCD: &str = "etcd";
 pub const AUTHORITY: &str = "certificate-authority";
-const SERVICES: [&str; 4] = [ADMIN, API_SERVER, KUBELET, AUTHORITY];
+const SERVICES: [&str; 5] = [ADMIN, API_SERVER, KUBELET, ETCD, AUTHORITY];
 /// Services of K3s that have no certificate here.
 const IN_MEMORY: [&str; 5] =
     ["controller-manager", "scheduler", "kube-proxy", "cloud-controller", "supervisor"];
@@ -69,10 +70,13 @@ impl Kept {
 /// The certificates that are there.
 pub fn of(data_dir: &Path) -> Vec<Kept> {
     let (tls, agent) = (data_dir.join("server/tls"), data_dir.join("agent"));
+    let etcd = tls.join("etcd");
     let all = [
         Kept::new(AUTHORITY, &tls, "server-ca"),
         Kept::new(API_SERVER, &tls, "serving-apiserver"),
         Kept::new(ADMIN, &tls, "client-admin"),
+        Kept::new(AUTHORITY, &etcd, "server-ca"),
+        Kept::new(ETCD, &etcd, "member"),
         Kept::new(AUTHORITY, &agent, "server-ca"),
         Kept::new(KUBELET, &agent, "client-kubelet"),
     ];
@@ -146,7 +150,7 @@ mod tests {
         assert_eq!(services(&["kubelet"]).unwrap(), [KUBELET]);
         assert!(services(&["api-server"]).unwrap_err().to_string().contains("no certificate of api-server"));
         assert!(services(&["scheduler"]).unwrap_err().to_string().contains("inside the server"));
-        assert!(services(&["etcd"]).unwrap_err().to_string().contains("expected one of admin"));
+        assert!(services(&["nonsense"]).unwrap_err().to_string().contains("expected one of admin"));
 
         let kept = Kept::new(ADMIN, &tls, "client-admin");
         assert!(!kept.is_asked_for());

@@ -26,7 +26,8 @@ use super::files::{self, Kept};
 use super::node_events::NodeEvents;
 use crate::bootstrap_data::BootstrapData;
 use crate::folder_changes::{ARRIVALS, FolderChanges};
-use crate::tunnel_endpoint::JOINERS;
+use crate::members::certificate::MemberCertificate;
+use crate::tunnel_endpoint::{JOIN_USER, JOINERS};
 
 /// The longest time between two passes.
 pub const LONGEST: Duration = Duration::from_secs(3600);
@@ -53,6 +54,8 @@ pub struct Settings {
     pub lifetime_seconds: i64,
     /// What other servers have in common with this one, where there may be some.
     pub shared: Option<Arc<BootstrapData>>,
+    /// What this server's etcd member proves itself with, where it has one.
+    pub member: Option<Arc<MemberCertificate>>,
 }
 
 pub struct ServerCertificates {
@@ -69,7 +72,7 @@ pub struct ServerCertificates {
     /// What the kubeconfig was last written with.
     kubeconfig: Mutex<String>,
     wake: Arc<Notify>,
-    _running: OwnedFd,
+    _running: Vec<OwnedFd>,
 }
 
 /// What the server's own node shows other nodes. It is made anew at each start, and kept in memory only.
@@ -110,7 +113,9 @@ impl ServerCertificates {
     /// Makes what is missing, ends what was begun, and loads all.
     pub fn open(settings: Settings) -> Result<Arc<Self>> {
         let tls = settings.folder.join("tls");
-        let running = files::hold(&tls)?;
+        let member = settings.member.as_ref().map(|member| member.files().folder().to_path_buf());
+        let running = [Some(tls.clone()), member].into_iter().flatten().map(|folder| files::hold(&folder));
+        let running = running.collect::<Result<Vec<_>>>()?;
         rotation::install(&tls, clock::now()).context("ending the replacement of the authority")?;
         let authority = load_authority(&tls, settings.lifetime_seconds)?;
         let account_key = Arc::new(ServiceAccountKey::load_or_create(&tls.join("service-account.key"))?);
@@ -155,7 +160,7 @@ impl ServerCertificates {
     /// The tokens that nodes join with, as authentication knows them.
     pub fn static_tokens(&self) -> Vec<(String, Identity)> {
         let token = self.token.read().unwrap_or_else(PoisonError::into_inner).clone();
-        vec![(token, Identity::new("system:sampan:join", &[JOINERS]))]
+        vec![(token, Identity::new(JOIN_USER, &[JOINERS]))]
     }
 
     /// Waits until the bundle is another one than that of `known` (a SHA-256); `None` when it stays so for long, or the
@@ -210,7 +215,9 @@ impl ServerCertificates {
         authenticator: Arc<Authenticator>,
         events: Option<NodeEvents>,
     ) -> Result<()> {
-        let changes = FolderChanges::of(&[&self.tls, &self.settings.folder], ARRIVALS);
+        let mut folders: Vec<&Path> = vec![&self.tls, &self.settings.folder];
+        folders.extend(self.settings.member.as_ref().map(|member| member.files().folder()));
+        let changes = FolderChanges::of(&folders, ARRIVALS);
         let changes = changes.with_context(|| format!("watching {}", self.tls.display()))?;
         let shared = Arc::new((self.clone(), authenticator, events, changes));
         sampan_telemetry::supervise("certificates", move || {
@@ -296,6 +303,10 @@ impl ServerCertificates {
             // in memory: nothing to tell of
             let renewed = node.renew(&authority).map(|pair| (pair, false));
             pass.take(Kept::new(files::KUBELET, &self.tls, "node"), renewed);
+        }
+        if let Some(member) = &self.settings.member {
+            // etcd, and the store's connections to it, read the files when they next need them
+            pass.take(member.kept(), member.renewed());
         }
         let admin = self.admin(&authority);
         if let Some(pair) = pass.take(Kept::new(files::ADMIN, &self.tls, ADMIN), admin) {
@@ -394,7 +405,7 @@ fn serving(tls: &Path, authority: &Authority, names: &[String]) -> Result<(Pair,
 
 /// The pair that is kept, or a new one in its place when it is due, asked for, signed by another authority, or when
 /// `fits` refuses its names.
-fn renewed(
+pub fn renewed(
     kept: &Kept,
     authority: &Authority,
     fits: impl Fn(&[String]) -> bool,
@@ -520,6 +531,7 @@ mod tests {
             server: "https://127.0.0.1:6443".to_string(),
             lifetime_seconds: 365 * 86_400,
             shared: None,
+            member: None,
         })
     }
 

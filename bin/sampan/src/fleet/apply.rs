@@ -49,7 +49,7 @@ pub async fn run(args: &Args) -> Result<()> {
     // the tokens are not known yet; what matters here is whether the arguments are right
     let placeholder = args.token.as_deref().unwrap_or("token");
     for entry in &servers {
-        let wanted = server(args, entry, Some(placeholder))?;
+        let wanted = server(args, entry, first, 6443, Some(placeholder))?;
         members.push(Member { entry, way: args.list.access.way_of(entry)?, wanted });
     }
     for entry in agents {
@@ -63,10 +63,11 @@ pub async fn run(args: &Args) -> Result<()> {
     let sent = all_or_first(sent)?;
 
     let token = servers_token(args, &prepared[0]).await?;
-    let mut first_settled = None;
+    let mut first_settled: Option<node::Settled> = None;
     // one by one: the first makes the cluster, and each is Ready before the next begins
     for ((prepared, member), sent) in prepared.iter().zip(&members).zip(&sent).take(servers.len()) {
-        let wanted = server(args, member.entry, token.as_deref())?;
+        let port = first_settled.as_ref().map_or(6443, |settled| settled.effective.port);
+        let wanted = server(args, member.entry, first, port, token.as_deref())?;
         let settled = node::settle(prepared, &wanted, &args.setup, *sent).await?;
         if first_settled.is_none() {
             let path = &settled.effective.kubeconfig;
@@ -95,7 +96,7 @@ pub async fn run(args: &Args) -> Result<()> {
 /// What servers are given as their token: as asked for, as the first has it, or, where several need one, made up. `None`
 /// leaves it to the server.
 async fn servers_token(args: &Args, first: &Prepared) -> Result<Option<String>> {
-    if args.token.is_some() || !args.list.layout.datastore.is_given() {
+    if args.token.is_some() || !needs_token(args) {
         return Ok(args.token.clone());
     }
     let there = node::look(&first.host, &Wanted::nothing_new(Role::Server)).await?;
@@ -107,9 +108,30 @@ async fn servers_token(args: &Args, first: &Prepared) -> Result<Option<String>> 
     Ok(Some(bytes.iter().map(|b| format!("{b:02x}")).collect()))
 }
 
-fn server(args: &Args, entry: &HostEntry, token: Option<&str>) -> Result<Wanted> {
-    let token = token.filter(|_| args.token.is_some() || args.list.layout.datastore.is_given());
-    args.list.layout.server_flags(entry, token.map(String::from)).wanted(entry.target())
+/// Whether the servers are told one token, which the owner need not have chosen.
+fn needs_token(args: &Args) -> bool {
+    args.list.layout.datastore.is_given() || args.list.layout.cluster
+}
+
+fn server(
+    args: &Args,
+    entry: &HostEntry,
+    first: &HostEntry,
+    port: u16,
+    token: Option<&str>,
+) -> Result<Wanted> {
+    let layout = &args.list.layout;
+    let token = token.filter(|_| args.token.is_some() || needs_token(args)).map(String::from);
+    let mut flags = layout.server_flags(entry, token);
+    let joins = layout.has_members() && entry.target() != first.target();
+    flags.cluster &= !joins;
+    let mut wanted = flags.wanted(entry.target())?;
+    if joins {
+        let url = crate::join::url_of(first.target(), port);
+        wanted.config.push(("server".to_string(), url.into()));
+        wanted.check()?;
+    }
+    Ok(wanted)
 }
 
 fn agent(args: &Args, entry: &HostEntry, server: &HostEntry, port: u16, token: &str) -> Result<Wanted> {

@@ -52,8 +52,10 @@ const EQUAL: [&str; 8] = [
     "https-listen-port",
     "disable",
 ];
-pub const SEVERAL: &str = "servers share an etcd: name it with --datastore http://HOST:2379, and give --token. There is \
-     no embedded etcd; one server needs neither";
+pub const SEVERAL: &str = "servers run an etcd together with --cluster, or share one that is there: name it with \
+     --datastore http://HOST:2379, and give --token; one server needs neither";
+/// Where a server runs a member of its cluster's etcd.
+const MEMBER: &str = "server/db/member.json";
 
 impl DatastoreFlags {
     pub fn is_given(&self) -> bool {
@@ -120,10 +122,28 @@ impl Datastore {
     }
 }
 
+/// How a server that joins comes to the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Entrance {
+    /// Where the cluster is kept.
+    Datastore(Datastore),
+    /// URL of a server that runs an etcd member, as the new one is to.
+    Members(String),
+}
+
+impl Entrance {
+    fn put(&self, wanted: &mut Wanted) {
+        match self {
+            Self::Datastore(datastore) => datastore.put(wanted),
+            Self::Members(url) => wanted.config.push(("server".to_string(), url.as_str().into())),
+        }
+    }
+}
+
 /// What a server that joins takes over from one that is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Common {
-    pub datastore: Datastore,
+    pub entrance: Entrance,
     pub token: String,
     pub equal: Vec<(String, Value)>,
 }
@@ -133,11 +153,12 @@ impl Common {
     pub fn put(&self, wanted: &mut Wanted) {
         wanted.config.push(("token".to_string(), self.token.as_str().into()));
         wanted.config.extend(self.equal.iter().cloned());
-        self.datastore.put(wanted);
+        self.entrance.put(wanted);
     }
 
-    /// What the server on `host` was given, in its configuration or on its command line.
-    pub async fn of_server(host: &Host) -> Result<Self> {
+    /// What the server on `host` was given, in its configuration or on its command line. `url` is where others reach its
+    /// API on a port.
+    pub async fn of_server(host: &Host, url: impl FnOnce(u16) -> String) -> Result<Self> {
         if !host.facts.services.contains(Role::Server.service()) {
             return Err(Unfit(format!("{}: no server is installed there", host.name)).into());
         }
@@ -150,29 +171,38 @@ impl Common {
             let found = effective.given.iter().find(|(given, _)| given == name);
             found.and_then(|(_, value)| value.as_str()).filter(|text| !text.is_empty())
         };
-        let Some(endpoint) = text(ENDPOINT) else {
-            let text = format!(
-                "--server: {} keeps its cluster in SQLite, which no other server can share; several {SEVERAL} for the \
-                 first, too",
-                host.name
-            );
-            return Err(Usage(text).into());
-        };
-        let mut files = Vec::new();
-        for (flag, _) in FILES {
-            if let Some(path) = text(flag) {
-                files.push((flag, node::read_root(host, path).await?));
+        let entrance = match text(ENDPOINT) {
+            Some(endpoint) => {
+                let mut files = Vec::new();
+                for (flag, _) in FILES {
+                    if let Some(path) = text(flag) {
+                        files.push((flag, node::read_root(host, path).await?));
+                    }
+                }
+                Entrance::Datastore(Datastore { endpoint: endpoint.to_string(), files })
             }
-        }
+            None if is_member(host, &effective.data_dir).await? => Entrance::Members(url(effective.port)),
+            None => {
+                let text = format!(
+                    "--server: {} keeps its cluster in SQLite, which no other server can share; several {SEVERAL} for the \
+                     first, too",
+                    host.name
+                );
+                return Err(Usage(text).into());
+            }
+        };
         let token = kept_token(host, &effective).await?;
         let token = token.with_context(|| format!("{}: the server has no token yet", host.name))?;
         let equal = effective.given.iter().filter(|(name, _)| EQUAL.contains(&name.as_str())).cloned();
-        Ok(Self {
-            datastore: Datastore { endpoint: endpoint.to_string(), files },
-            token: servers_token(&token)?,
-            equal: equal.collect(),
-        })
+        Ok(Self { entrance, token: servers_token(&token)?, equal: equal.collect() })
     }
+}
+
+/// Whether the server on `host` runs a member of its cluster's etcd.
+pub async fn is_member(host: &Host, data_dir: &str) -> Result<bool> {
+    let path = format!("{data_dir}/{MEMBER}");
+    let said = host.root("looking for an etcd member", "[ ! -e \"$1\" ] || echo yes", &[&path]).await?;
+    Ok(said.contains("yes"))
 }
 
 /// The token that a server has, or was given for its first start. The one that it has may be a later one.

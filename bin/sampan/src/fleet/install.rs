@@ -7,7 +7,7 @@ use sampan_fleet::{Host, kubeconfig, words};
 use serde_yaml_ng::Value;
 
 use super::access::{self, Access, Target, Way, ask};
-use super::datastore::{DatastoreFlags, SEVERAL};
+use super::datastore::DatastoreFlags;
 use super::node::{self, Setup, Wanted};
 use super::{Usage, effective};
 
@@ -56,8 +56,8 @@ pub struct ServerFlags {
     /// Secret that nodes join with (default: the server makes one up)
     #[arg(long)]
     pub token: Option<String>,
-    /// Accepted for k3sup's scripts: there is no embedded etcd, several servers need --datastore
-    #[arg(long, hide = true)]
+    /// Begin a cluster that other servers can join, by etcd members that the servers run themselves
+    #[arg(long)]
     pub cluster: bool,
     #[command(flatten)]
     pub datastore: DatastoreFlags,
@@ -91,7 +91,7 @@ impl ServerFlags {
         }
         // who gives both has what several servers need
         if self.cluster && datastore.is_none() {
-            return Err(lacking("--cluster", &format!("several {SEVERAL}")).into());
+            config.push(("cluster-init".to_string(), true.into()));
         }
         if let Some(token) = &self.token {
             config.push(("token".to_string(), token.as_str().into()));
@@ -174,6 +174,10 @@ mod tests {
         let wanted = args.server.wanted(&args.target.host()).unwrap();
         let keys: Vec<&str> = wanted.config.iter().map(|(key, _)| key.as_str()).collect();
         assert_eq!(keys, ["tls-san", "token", "datastore-endpoint"]);
+        let args = parse::<Args>("--ip 10.0.0.5 --cluster");
+        let wanted = args.server.wanted(&args.target.host()).unwrap();
+        assert_eq!(wanted.config[1..], [("cluster-init".to_string(), Value::Bool(true))]);
+        assert!(wanted.runs_etcd());
         assert!(parse::<Args>("--skip-install --ssh-port 2222 --print-command --no-extras").skip_install);
     }
 
@@ -183,7 +187,6 @@ mod tests {
             ("--datastore http://e:2379", "--token"),
             ("--datastore mysql://x --token t", "expected the etcd's http://HOST:2379"),
             ("--datastore-cafile /x --token t", "goes with --datastore"),
-            ("--cluster", "name it with --datastore"),
             ("--extra-args '--no-such-flag'", "--no-such-flag"),
             ("--server-args \"'\"", "not closed"),
             ("--ipsec", "--ipsec"),

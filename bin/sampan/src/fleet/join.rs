@@ -1,7 +1,8 @@
 //! `sampan join`: an agent, or another server, on a machine, joined to a server. Upstream counterpart: k3sup's cmd/join.go.
 //!
 //! Another server gets what all have in common from the first: datastore, its TLS files, token, and the flags that must be
-//! equal. Deliberate difference: k3sup has servers join by embedded etcd, these share an etcd that is there.
+//! equal; or, where the servers run an etcd together, the first one's URL instead of the datastore. Deliberate difference:
+//! k3sup has servers join by embedded etcd only.
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use sampan_fleet::{Ask, Host, words};
 use serde_yaml_ng::Value;
 
 use super::access::{Access, Target, ask};
-use super::datastore::{Common, DatastoreFlags, servers_token};
+use super::datastore::{Common, DatastoreFlags, Entrance, servers_token};
 use super::install::ServerFlags;
 use super::node::{self, Setup, Wanted};
 use super::{Usage, tell};
@@ -27,9 +28,13 @@ pub struct Args {
     joined: JoinedServer,
     #[command(flatten)]
     setup: Setup,
-    /// Join as another server, which shares the first one's datastore
+    /// Join as another server, which shares the first one's datastore, or runs an etcd member as that does
     #[arg(long)]
     server: bool,
+    /// The servers run etcd members, which is not looked up at the first one when --node-token is given; with --server
+    /// only
+    #[arg(long)]
+    cluster: bool,
     #[command(flatten)]
     datastore: DatastoreFlags,
     /// Leave out what servers bring besides Kubernetes itself; with --server only
@@ -138,6 +143,7 @@ impl Args {
             ("--no-extras", self.no_extras),
             ("--tls-san", !self.tls_san.is_empty()),
             ("--datastore", !self.datastore.given().is_empty()),
+            ("--cluster", self.cluster),
         ];
         if let Some((flag, _)) = for_servers.iter().find(|(_, given)| *given && !self.server) {
             return Err(Usage(format!("{flag} can only be used with --server")).into());
@@ -183,12 +189,19 @@ impl Args {
     /// What the servers have in common: as given, else as the first one has it.
     async fn common(&self, ask: &Arc<dyn Ask>) -> Result<Common> {
         let token = self.joined.known_token()?.map(|token| servers_token(&token)).transpose()?;
-        Ok(match (self.datastore.read()?, token) {
-            (Some(datastore), Some(token)) => Common { datastore, token, equal: Vec::new() },
-            (datastore, token) => {
-                let first = Common::of_server(&self.first_server(ask).await?).await?;
+        let (named, host) = (self.joined.server_url.clone(), self.joined.host()?);
+        let url = |port| named.unwrap_or_else(|| crate::join::url_of(&host, port));
+        let entrance = match self.datastore.read()? {
+            Some(datastore) => Some(Entrance::Datastore(datastore)),
+            None if self.cluster => Some(Entrance::Members(self.joined.url()?)),
+            None => None,
+        };
+        Ok(match (entrance, token) {
+            (Some(entrance), Some(token)) => Common { entrance, token, equal: Vec::new() },
+            (entrance, token) => {
+                let first = Common::of_server(&self.first_server(ask).await?, url).await?;
                 Common {
-                    datastore: datastore.unwrap_or(first.datastore),
+                    entrance: entrance.unwrap_or(first.entrance),
                     token: token.unwrap_or(first.token),
                     equal: first.equal,
                 }
@@ -261,6 +274,7 @@ mod tests {
         for (line, want) in [
             ("--tls-san x", "--tls-san can only be used with --server"),
             ("--no-extras", "--no-extras can only"),
+            ("--cluster", "--cluster can only"),
             ("--datastore http://e:2379", "--datastore can only"),
         ] {
             let args = parse::<Args>(&format!("--ip 10.0.0.6 --server-ip 10.0.0.5 {line}"));
@@ -275,11 +289,18 @@ mod tests {
         args.check().unwrap();
         let datastore = args.datastore.read().unwrap().unwrap();
         let equal = vec![("cluster-cidr".to_string(), Value::from("10.9.0.0/16"))];
-        let wanted = args.server_wanted(&Common { datastore, token: "T".into(), equal }).unwrap();
+        let entrance = Entrance::Datastore(datastore);
+        let common = Common { entrance, token: "T".into(), equal };
+        let wanted = args.server_wanted(&common).unwrap();
+        assert!(!wanted.runs_etcd());
         let config: serde_yaml_ng::Mapping = wanted.config.into_iter().map(|(k, v)| (k.into(), v)).collect();
         let want =
             "tls-san: [new, x]\ntoken: T\ncluster-cidr: 10.9.0.0/16\ndatastore-endpoint: https://e:2379";
         assert_eq!(Value::Mapping(config), serde_yaml_ng::from_str::<Value>(want).unwrap());
         assert_eq!((wanted.role, wanted.extra_args), (Role::Server, vec!["--debug".to_string()]));
+        let entrance = Entrance::Members("https://old:6443".to_string());
+        let wanted = args.server_wanted(&Common { entrance, ..common }).unwrap();
+        assert_eq!(wanted.config.last().unwrap(), &("server".to_string(), Value::from("https://old:6443")));
+        assert!(wanted.runs_etcd());
     }
 }

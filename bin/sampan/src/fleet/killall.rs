@@ -32,6 +32,8 @@ pub fn run(args: &Args) -> Result<()> {
         bail!("it must be run as root");
     }
     ask_pods(&args.data_dir, Duration::from_secs(args.grace_seconds.into()));
+    // ends with its server, unless that was killed
+    crate::members::removal::end_member_of(&args.data_dir)?;
     let groups = end_pods(&args.data_dir)?;
     unmount(&args.data_dir)?;
     remove_network(&args.data_dir);

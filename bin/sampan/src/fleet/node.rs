@@ -84,12 +84,34 @@ impl Wanted {
     }
 }
 
+impl Wanted {
+    /// Whether the server is to run a member of its cluster's etcd.
+    pub fn runs_etcd(&self) -> bool {
+        let is_on = |(key, value): &(String, Value)| match key.as_str() {
+            "cluster-init" => value.as_bool() == Some(true),
+            "server" => true,
+            _ => false,
+        };
+        self.role == Role::Server && self.given().iter().any(is_on)
+    }
+
+    /// Flags of configuration and arguments.
+    fn given(&self) -> Vec<(String, Value)> {
+        let config = self.config.iter().map(|(k, v)| (k.as_str().into(), v.clone())).collect();
+        effective::of(self.role, &config, &self.extra_args)
+            .map(|effective| effective.given)
+            .unwrap_or_default()
+    }
+}
+
 /// A machine that can become a node.
 pub struct Prepared {
     pub host: Host,
     pub binary: Binary,
     /// The program there is the one to be sent.
     has_binary: bool,
+    /// The etcd to be sent, where the machine needs one and has none of its own.
+    etcd: Option<Binary>,
 }
 
 /// Looks at the machine and judges it; nothing is changed but, when that is agreed to, a Pi's kernel command line.
@@ -101,7 +123,11 @@ pub async fn prepare(way: &Way, wanted: &Wanted, setup: &Setup, ask: &Arc<dyn As
         let binary = binary_for(&host, setup).await?;
         let there = install::installed_digest(&host, &setup.bin_dir).await?;
         let has_binary = there.as_deref() == Some(binary.digest.as_str());
-        let purpose = purpose(wanted, setup, if has_binary { 0 } else { binary.size_bytes }, asked.elapsed());
+        let etcd = etcd_for(&host, wanted, setup).await?;
+        let mut purpose =
+            purpose(wanted, setup, if has_binary { 0 } else { binary.size_bytes }, asked.elapsed());
+        purpose.needs_etcd &= etcd.is_none();
+        purpose.binary_bytes += etcd.as_ref().map_or(0, |etcd| etcd.size_bytes);
         let found = preflight::check(&host.facts, &purpose);
         let curable = found.has("cgroups") && host.facts.cmdline_path.is_some() && !rebooted;
         if curable && cure(way, &host, setup, ask).await? {
@@ -122,7 +148,7 @@ pub async fn prepare(way: &Way, wanted: &Wanted, setup: &Setup, ask: &Arc<dyn As
         }
         // flags of a configuration that an owner left there may not fit
         look(&host, wanted).await?;
-        return Ok(Prepared { host, binary, has_binary });
+        return Ok(Prepared { host, binary, has_binary, etcd });
     }
 }
 
@@ -135,11 +161,28 @@ pub async fn binary_for(host: &Host, setup: &Setup) -> Result<Binary> {
     Ok(found.context("reading the program")??)
 }
 
+/// The etcd that is sent to that machine, as `etcd-ARCH` in the folder of binaries.
+async fn etcd_for(host: &Host, wanted: &Wanted, setup: &Setup) -> Result<Option<Binary>> {
+    let has_own = host.facts.etcd.as_ref().is_some_and(|path| !path.ends_with(install::ETCD));
+    let is_named = wanted.given().iter().any(|(flag, _)| flag == "etcd");
+    let Some(folder) = setup.binary_dir.clone().filter(|_| wanted.runs_etcd() && !has_own && !is_named)
+    else {
+        return Ok(None);
+    };
+    let arch = host.facts.architecture().map_err(|why| Unfit(format!("{}: {why}", host.name)))?;
+    let found = tokio::task::spawn_blocking(move || binary::beside(&folder, "etcd", arch)).await;
+    Ok(found.context("reading etcd")?.transpose()?)
+}
+
 fn purpose(wanted: &Wanted, setup: &Setup, binary_bytes: u64, asked_for: Duration) -> Purpose {
     let config: Mapping = wanted.config.iter().map(|(k, v)| (k.as_str().into(), v.clone())).collect();
     let port = effective::of(wanted.role, &config, &wanted.extra_args).map_or(6443, |e| e.port);
+    let runs_etcd = wanted.runs_etcd();
+    let mut ports = if wanted.role == Role::Server { vec![port] } else { Vec::new() };
+    ports.extend(runs_etcd.then_some([2379, 2380]).into_iter().flatten());
     Purpose {
-        ports: if wanted.role == Role::Server { vec![port] } else { Vec::new() },
+        ports,
+        needs_etcd: runs_etcd && !wanted.given().iter().any(|(flag, _)| flag == "etcd"),
         binary_bytes,
         service: wanted.role.service().to_string(),
         now_s: sampan_world::clock::now().as_second(),
@@ -186,9 +229,15 @@ async fn come_back(way: &Way, ask: &Arc<dyn Ask>) -> Result<Host> {
 /// Sends the program, unless it is there.
 pub async fn send(prepared: &Prepared, setup: &Setup, alone: bool) -> Result<bool> {
     let (host, binary) = (&prepared.host, &prepared.binary);
+    let mut new_etcd = false;
+    if let Some(etcd) = &prepared.etcd {
+        new_etcd = install::send_etcd(host, etcd, &setup.bin_dir).await?;
+        let told = if new_etcd { "sent and verified" } else { "there already" };
+        tell(&host.name, &format!("etcd is {told}"));
+    }
     if prepared.has_binary {
         tell(&host.name, "the program is there already");
-        return Ok(false);
+        return Ok(new_etcd);
     }
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     let live = alone && rustix::termios::isatty(rustix::stdio::stderr());
@@ -214,7 +263,7 @@ pub async fn send(prepared: &Prepared, setup: &Setup, alone: bool) -> Result<boo
     let changed = sent?;
     let seconds = start.elapsed().as_secs_f64();
     tell(&host.name, &format!("{:.1} MB sent and verified in {seconds:.1} s", megabytes(binary.size_bytes)));
-    Ok(changed)
+    Ok(changed || new_etcd)
 }
 
 /// A node that runs.
@@ -230,6 +279,7 @@ pub async fn settle(
     new_binary: bool,
 ) -> Result<Settled> {
     let host = &prepared.host;
+    let wanted = &with_etcd(prepared, wanted, setup);
     let effective = look(host, wanted).await?;
     let service = Service {
         role: wanted.role,
@@ -261,6 +311,17 @@ pub async fn settle(
         wait(host, &service, &effective, setup.wait, heard.filter(|_| anew)).await?;
     }
     Ok(Settled { effective })
+}
+
+/// Names the etcd that we sent, now or before.
+fn with_etcd(prepared: &Prepared, wanted: &Wanted, setup: &Setup) -> Wanted {
+    let mut wanted = wanted.clone();
+    let is_sent = prepared.host.facts.etcd.as_ref().is_some_and(|path| path.ends_with(install::ETCD));
+    if wanted.runs_etcd() && (prepared.etcd.is_some() || is_sent) {
+        let path = format!("{}/{}", setup.bin_dir, install::ETCD);
+        wanted.config.push(("etcd".to_string(), path.into()));
+    }
+    wanted
 }
 
 /// What the configuration there and ours come to together.

@@ -1,6 +1,6 @@
 //! `sampan plan`: a list of hosts turned into the commands that make a cluster of them, as a script to read and to keep.
 //! Upstream counterpart: k3sup's cmd/plan.go. Deliberate differences: one server unless --servers says otherwise; several
-//! share the etcd that --datastore names.
+//! share the etcd that --datastore names, or run one with --cluster.
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -46,9 +46,12 @@ impl ListedCluster {
 #[derive(Clone, clap::Args)]
 #[command(next_help_heading = "Cluster")]
 pub struct Layout {
-    /// How many hosts without a role of their own are servers; several need --datastore
+    /// How many hosts without a role of their own are servers; several need --cluster or --datastore
     #[arg(long, default_value_t = 1)]
     pub servers: usize,
+    /// The servers run an etcd together, a member each; an odd number of them bears the loss of any less than half
+    #[arg(long)]
+    pub cluster: bool,
     /// Take so many hosts of the list; 0 takes all
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
@@ -68,7 +71,7 @@ pub struct Layout {
 impl Layout {
     /// Refuses what cannot be, before any machine is touched.
     pub fn check(&self, servers: usize) -> Result<()> {
-        match servers > 1 && !self.datastore.is_given() {
+        match servers > 1 && !self.datastore.is_given() && !self.cluster {
             true => Err(Usage(format!("{servers} servers: {SEVERAL} (or take --servers 1)")).into()),
             false => Ok(()),
         }
@@ -92,9 +95,16 @@ impl Layout {
         args.join(" ")
     }
 
+    /// Whether the servers run etcd members.
+    pub fn has_members(&self) -> bool {
+        self.cluster && !self.datastore.is_given()
+    }
+
+    /// The flags of the first server; of others, where those do not join it by its URL.
     pub fn server_flags(&self, host: &HostEntry, token: Option<String>) -> ServerFlags {
         ServerFlags {
             tls_san: self.tls_san.clone(),
+            cluster: self.cluster,
             token,
             datastore: self.datastore.clone(),
             extra_args: self.extra_args(host, &self.server_extra_args),
@@ -122,6 +132,7 @@ fn script(args: &Args, plan: Plan) -> Result<String> {
     let datastore = layout.datastore.given();
     let datastore = || datastore.iter().map(|(flag, value)| format!("--{flag} {}", words::quote(value)));
     install.extend(datastore());
+    install.extend(layout.cluster.then(|| "--cluster".to_string()));
     install.push(format!("--local-path {}", words::quote(&out.local_path.display().to_string())));
     install.push(format!("--context {}", words::quote(&out.context)));
     install.extend((!san.is_empty()).then(|| format!("--tls-san {}", words::quote(&san))));
@@ -139,6 +150,7 @@ fn script(args: &Args, plan: Plan) -> Result<String> {
         if server {
             join.push("--server".to_string());
             join.extend(datastore());
+            join.extend(layout.cluster.then(|| "--cluster".to_string()));
             join.extend((!san.is_empty()).then(|| format!("--tls-san {}", words::quote(&san))));
         }
         join.extend(extra(&layout.extra_args(host, all)));
@@ -224,9 +236,17 @@ mod tests {
             assert!(text.contains(want), "{want}\nin\n{text}");
         }
         assert!(!text.contains("10.0.0.4"));
+        let args: Args = parse("hosts.json --servers 2 --cluster");
+        let text = script(&args, Plan::parse("f", "[{ip: 10.0.0.1}, {ip: 10.0.0.2}]").unwrap()).unwrap();
+        for want in ["--user root \\\n  --cluster \\\n", "\"$NODE_TOKEN\" \\\n  --server \\\n  --cluster\n"] {
+            assert!(text.contains(want), "{want}\nin\n{text}");
+        }
         let two = || Plan::parse("f", "[{ip: 10.0.0.1}, {ip: 10.0.0.2}]").unwrap();
         for (line, want) in [
-            ("hosts.json --servers 2", "2 servers: servers share an etcd: name it with --datastore"),
+            (
+                "hosts.json --servers 2",
+                "2 servers: servers run an etcd together with --cluster, or share one",
+            ),
             ("hosts.json --servers 2 --datastore http://e:2379", "needs --token"),
         ] {
             let refused = script(&parse::<Args>(line), two()).unwrap_err();

@@ -1,9 +1,12 @@
-//! `sampan uninstall`: machines as they were. Upstream counterpart: running k3s-uninstall.sh.
+//! `sampan uninstall`: machines as they were. Upstream counterpart: running k3s-uninstall.sh. A server that runs a member
+//! of its cluster's etcd has it leave first; where the others could not go on without it, nothing is removed.
 use anyhow::Result;
 use sampan_fleet::install;
-use sampan_fleet::service::CONFIG;
+use sampan_fleet::service::{CONFIG, Role};
 
 use super::access::{Machines, Way, ask};
+use super::datastore::is_member;
+use super::node::{self, Wanted};
 use super::tell;
 
 #[derive(clap::Args)]
@@ -28,17 +31,26 @@ pub async fn run(args: &Args) -> Result<()> {
             let host = way.reach(&ask).await?;
             let shares = "grep -q '^datastore-endpoint:' \"$1\" 2>/dev/null && echo yes; true";
             let shares = host.root("reading the configuration", shares, &[CONFIG]).await?.contains("yes");
+            let is_member = match node::look(&host, &Wanted::nothing_new(Role::Server)).await {
+                Ok(effective) => is_member(&host, &effective.data_dir).await?,
+                Err(_) => false,
+            };
             let removed = install::uninstall(&host, &args.bin_dir).await?;
-            Ok::<_, anyhow::Error>((removed, shares))
+            Ok::<_, anyhow::Error>((removed, shares, is_member))
         };
         match done.await {
-            Ok((true, true)) => tell(
+            Ok((true, _, true)) => tell(
+                &way.name,
+                "sampan is removed, with all that it kept here and its member of the cluster's etcd (unless that can decide \
+                 nothing any more); this machine's Node is left to the other servers",
+            ),
+            Ok((true, true, _)) => tell(
                 &way.name,
                 "sampan is removed, with all that it kept here; the cluster in the datastore, with this machine's Node, \
                  is left as it is",
             ),
-            Ok((true, false)) => tell(&way.name, "sampan is removed, with all that it kept"),
-            Ok((false, _)) => tell(&way.name, "sampan is not installed"),
+            Ok((true, false, _)) => tell(&way.name, "sampan is removed, with all that it kept"),
+            Ok((false, ..)) => tell(&way.name, "sampan is not installed"),
             Err(error) => {
                 eprintln!("sampan: {error:#}");
                 failed = Some(error);

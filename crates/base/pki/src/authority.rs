@@ -136,6 +136,14 @@ impl Authority {
         self.pair(serving(common_name, &[], names)?)
     }
 
+    /// A certificate to serve with and to be a client with: what an etcd member has, to which others connect as it does
+    /// to them.
+    pub fn peer(&self, common_name: &str, names: &[String]) -> Result<Pair, PkiError> {
+        let mut params = serving(common_name, &[], names)?;
+        params.extended_key_usages.push(Usage::ClientAuth);
+        self.pair(params)
+    }
+
     /// A client certificate: the user, and the groups it is in.
     pub fn client(&self, user: &str, groups: &[&str]) -> Result<Pair, PkiError> {
         self.pair(client(user, groups)?)

@@ -18,6 +18,7 @@ mod compactor;
 mod endpoints;
 mod feed;
 mod grpc;
+pub(crate) mod members;
 mod messages;
 mod transaction;
 

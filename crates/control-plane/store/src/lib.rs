@@ -33,6 +33,7 @@ pub use crate::entry::{Class, Entry, Event, EventKind, Expect, Guard, Page, Rang
 pub use crate::error::{StoreError, WatchError, WriteError};
 use crate::etcd::Cluster;
 pub use crate::etcd::Etcd;
+pub use crate::etcd::members::{Member, MemberStatus, Members, MembersError};
 pub use crate::follow::Follow;
 use crate::memory::Memory;
 pub use crate::options::Options;

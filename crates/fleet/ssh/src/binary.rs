@@ -151,6 +151,12 @@ pub fn list(folder: &Path, architectures: &[&str]) -> Vec<Result<Binary, BinaryE
     found
 }
 
+/// Another program for `arch` in that folder, by the name `NAME-ARCH`; `None` when it is not there.
+pub fn beside(folder: &Path, name: &str, arch: &str) -> Option<Result<Binary, BinaryError>> {
+    let path = folder.join(format!("{name}-{arch}"));
+    path.is_file().then(|| read_once(&Place { path, member: None }, arch))
+}
+
 /// This program.
 pub fn own(path: &Path) -> Result<Binary, BinaryError> {
     read_once(&Place { path: path.to_path_buf(), member: None }, own_architecture())
@@ -295,6 +301,9 @@ mod tests {
         std::fs::write(folder.path().join("sampan-arm"), elf(1, 40)).unwrap();
         let arm = find("arm", Some(folder.path()), &own).unwrap();
         assert_eq!(arm.digest.len(), 64);
+        std::fs::write(folder.path().join("etcd-arm"), elf(1, 40)).unwrap();
+        assert_eq!(beside(folder.path(), "etcd", "arm").unwrap().unwrap().size_bytes, 64);
+        assert!(beside(folder.path(), "etcd", "arm64").is_none());
         std::fs::write(folder.path().join("sampan-arm64"), elf(2, 62)).unwrap();
         let wrong = find("arm64", Some(folder.path()), &own).unwrap_err().to_string();
         assert!(wrong.contains("is for amd64, not for arm64"), "{wrong}");

@@ -37,6 +37,7 @@ for s in sampan sampan-agent; do
 done
 for other in /usr/local/bin/k3s /usr/bin/kubelet /snap/bin/microk8s; do [ -e $other ] && say other $other; done
 command -v sha256sum >/dev/null 2>&1 && say tool sha256sum
+say etcd "$(PATH=$PATH:/usr/local/bin:/usr/bin; command -v etcd || command -v sampan-etcd)"
 true
 "#;
 
@@ -67,6 +68,8 @@ pub struct Facts {
     pub services: BTreeSet<String>,
     pub others: Vec<String>,
     pub tools: BTreeSet<String>,
+    /// Where the program `etcd` is, its own or the one that we sent.
+    pub etcd: Option<String>,
 }
 
 /// What starts services.
@@ -137,6 +140,7 @@ impl Facts {
             "listens" => self.listens.extend(u16::from_str_radix(value, 16)),
             "service" => drop(self.services.insert(value.to_string())),
             "other" => self.others.push(value.to_string()),
+            "etcd" => self.etcd = text(),
             "tool" => drop(self.tools.insert(value.to_string())),
             _ => {}
         }
@@ -183,13 +187,14 @@ mod tests {
         let facts = Facts::parse(
             "system=Linux\nmachine=aarch64\nuid=1000\ntime=1763780000\nmemory=948204\ninit=openrc\ncontrollers=cpu pids\n\
              enabled=cpu pids \nmodel=Raspberry Pi 3\ncmdline=/boot/cmdline.txt\nlistens=192B\nlistens=0016\nfeature=overlay\n\
-             lacks=nf_tables\nservice=sampan-agent\nnoise\ndata_free=\n",
+             lacks=nf_tables\nservice=sampan-agent\nnoise\ndata_free=\netcd=/usr/bin/etcd\n",
         );
         assert_eq!(facts.architecture(), Ok("arm64"));
         assert_eq!(facts.init, Init::OpenRc);
         assert_eq!(facts.listens, BTreeSet::from([22, 6443]));
         assert!(!facts.controllers.contains("memory") && facts.lacks.contains("nf_tables"));
         assert_eq!((facts.data_free_kb, facts.uid), (None, Some(1000)));
+        assert_eq!(facts.etcd.as_deref(), Some("/usr/bin/etcd"));
         assert_eq!(facts.summary(), "Raspberry Pi 3, aarch64, 925 MB");
     }
 }

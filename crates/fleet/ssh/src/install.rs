@@ -80,6 +80,28 @@ mv -f "$1/.sampan.part" "$1/sampan""#;
     Ok(true)
 }
 
+/// The etcd that servers run, where the machine has none of its own.
+pub const ETCD: &str = "sampan-etcd";
+
+/// Sends that etcd unless it is there, verifies it and puts it in its place. Says whether that changed anything.
+pub async fn send_etcd(host: &Host, binary: &Binary, bin_dir: &str) -> Result<bool, InstallError> {
+    let path = format!("{bin_dir}/{ETCD}");
+    let there = host.root("looking for etcd", DIGEST, &[&path]).await?;
+    if there.split_whitespace().next() == Some(binary.digest.as_str()) {
+        return Ok(false);
+    }
+    let Binary { path: from, offset, size_bytes, .. } = binary;
+    let input = Input::File { path: from, offset: *offset, size_bytes: *size_bytes, sent: &|_| {} };
+    let part = format!("{bin_dir}/.sampan.part");
+    host.root_with("sending etcd", PART, &[bin_dir], input).await?;
+    if let Err(error) = verify(host, binary, &part).await {
+        let _ = host.root("cleaning up", "rm -f \"$1\"", &[&part]).await;
+        return Err(error);
+    }
+    host.root("putting etcd in its place", "mv -f \"$1\" \"$2\"", &[&part, &path]).await?;
+    Ok(true)
+}
+
 async fn verify(host: &Host, binary: &Binary, part: &str) -> Result<(), InstallError> {
     let said = host.root("verifying the program", DIGEST, &[part]).await?;
     let got = said.split_whitespace().next().unwrap_or_default();
@@ -87,8 +109,9 @@ async fn verify(host: &Host, binary: &Binary, part: &str) -> Result<(), InstallE
         let (got, want) = (got.to_string(), binary.digest.clone());
         return Err(InstallError::Digest { host: host.name.clone(), got, want });
     }
-    let script = r#"chmod 755 "$1" && "$1" --version"#;
-    match host.root("starting the program", script, &[part]).await {
+    // etcd 3.4 wants to be told where it was less tested
+    let script = r#"chmod 755 "$1" && ETCD_UNSUPPORTED_ARCH="$2" "$1" --version"#;
+    match host.root("starting the program", script, &[part, &binary.arch]).await {
         Ok(_) => Ok(()),
         Err(MachineError::Failed { host, said, .. }) => Err(InstallError::DoesNotStart { host, said }),
         Err(error) => Err(error.into()),
@@ -186,7 +209,7 @@ pub async fn uninstall(host: &Host, bin_dir: &str) -> Result<bool, MachineError>
     let script = r#"
 if [ -x "$1/sampan-uninstall" ]; then "$1/sampan-uninstall" </dev/null || exit 1; echo removed
 elif [ -e "$1/sampan" ] || [ -e "$1/.sampan.part" ] || [ -e "$1/sampan-killall" ]; then
-  rm -f "$1/sampan" "$1/.sampan.part" "$1/.sampan.next" "$1/sampan.previous" "$1/sampan-killall"; rm -rf /etc/sampan; echo removed
+  rm -f "$1/sampan" "$1/sampan-etcd" "$1/.sampan.part" "$1/.sampan.next" "$1/sampan.previous" "$1/sampan-killall"; rm -rf /etc/sampan; echo removed
 fi"#;
     let said = host.root("uninstalling", script, &[bin_dir]).await?;
     Ok(said.contains("removed"))

@@ -33,6 +33,8 @@ pub struct Finding {
 pub struct Purpose {
     /// TCP ports that the node will listen on.
     pub ports: Vec<u16>,
+    /// The node runs an etcd member, and nobody brings the program.
+    pub needs_etcd: bool,
     /// Bytes to be written to the folder of binaries; 0 when it is there already.
     pub binary_bytes: u64,
     /// `sampan` or `sampan-agent`.
@@ -66,8 +68,18 @@ impl Findings {
 }
 
 /// The names that `--ignore-preflight` takes.
-pub const CHECKS: &[&str] =
-    &["architecture", "clock", "memory", "disk", "cgroups", "kernel", "ports", "role", "other-kubernetes"];
+pub const CHECKS: &[&str] = &[
+    "architecture",
+    "clock",
+    "memory",
+    "disk",
+    "cgroups",
+    "kernel",
+    "ports",
+    "role",
+    "etcd",
+    "other-kubernetes",
+];
 
 pub fn check(facts: &Facts, purpose: &Purpose) -> Findings {
     let mut found = Findings::default();
@@ -86,8 +98,21 @@ pub fn check(facts: &Facts, purpose: &Purpose) -> Findings {
     // a server that runs holds its own port
     if facts.services.is_empty() {
         for port in purpose.ports.iter().filter(|p| facts.listens.contains(p)) {
-            found.error("ports", format!("something listens on port {port} already"));
+            let advice = match port {
+                2379 | 2380 => {
+                    " (an etcd that came with its package? `systemctl disable --now etcd` ends it)"
+                }
+                _ => "",
+            };
+            found.error("ports", format!("something listens on port {port} already{advice}"));
         }
+    }
+    if purpose.needs_etcd && facts.etcd.is_none() {
+        found.error(
+            "etcd",
+            "there is no program `etcd`, which a server of a cluster of several runs: install it (Debian's package \
+             etcd-server, Alpine's etcd), or lay etcd-amd64, etcd-arm64 or etcd-arm into the folder that --binary-dir names",
+        );
     }
     for other in &facts.others {
         found.warn(
@@ -247,6 +272,20 @@ mod tests {
             let ignored = check(&facts, &Purpose { ignored: vec![check_name.to_string()], ..purpose() });
             assert_eq!(ignored.errors().count(), 0, "{line}");
         }
+    }
+
+    #[test]
+    fn servers_of_several_need_etcd() {
+        let purpose = Purpose { ports: vec![6443, 2379, 2380], needs_etcd: true, ..purpose() };
+        let found = check(&Facts::parse(GOOD), &purpose);
+        assert!(found.has("etcd") && found.errors().count() == 1, "{found:?}");
+        assert!(found.0[0].message.contains("etcd-server") && CHECKS.contains(&"etcd"));
+        let facts = Facts::parse(&format!("{GOOD}etcd=/usr/bin/etcd\nlistens=094B\n"));
+        let found = check(&facts, &purpose);
+        assert!(
+            found.has("ports") && found.0[0].message.contains("systemctl disable --now etcd"),
+            "{found:?}"
+        );
     }
 
     #[test]

@@ -231,11 +231,16 @@ exit 0
             ),
         };
         let (bin, data) = (quote(&self.bin_dir), quote(&self.data_dir));
+        // while its etcd runs: the others must agree
+        let leave = match self.role {
+            Role::Server => format!("{bin}/sampan leave --data-dir {data} || exit 1\n"),
+            Role::Agent => String::new(),
+        };
         format!(
             r#"#!/bin/sh
 # Removes sampan from this machine, with all that it kept: pods, volumes in {data}, the cluster's state.
 [ "$(id -u)" = 0 ] || exec sudo "$0" "$@"
-{bin}/sampan-killall || exit 1
+{leave}{bin}/sampan-killall || exit 1
 {forget}
 if awk -v d={data}/ 'index($2, d) == 1 {{found = 1}} END {{exit !found}}' /proc/mounts; then
   echo "there are still file systems mounted below {data}: unmount them and run this again" >&2
@@ -247,7 +252,7 @@ clear /etc/sampan
 find /run/sampan -mindepth 1 -maxdepth 1 ! -name bin -exec rm -rf {{}} + 2>/dev/null
 rmdir /run/sampan 2>/dev/null
 if [ ! -e /var/lib/kubelet ] && [ ! -e /var/lib/rancher ]; then rm -rf /var/log/pods /var/log/containers; fi
-rm -f {LOG} {LOG}.1 {bin}/.sampan.part {bin}/.sampan.next {bin}/sampan.previous {bin}/sampan {bin}/sampan-killall {bin}/sampan-uninstall
+rm -f {LOG} {LOG}.1 {bin}/.sampan.part {bin}/.sampan.next {bin}/sampan.previous {bin}/sampan-etcd {bin}/sampan {bin}/sampan-killall {bin}/sampan-uninstall
 if [ -d {data} ] && [ -n "$(ls -A {data})" ]; then echo "{data} could not be emptied" >&2; exit 1; fi
 exit 0
 "#
