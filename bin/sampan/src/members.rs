@@ -109,6 +109,7 @@ impl Member {
             Way::Again => again(own)?,
         };
         certificate.renewed()?;
+        certificate.kept().answer_request();
         let initial = match initial {
             // the members are asked with the certificate that is there by now
             None => {

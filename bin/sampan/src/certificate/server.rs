@@ -121,6 +121,7 @@ impl ServerCertificates {
         let account_key = Arc::new(ServiceAccountKey::load_or_create(&tls.join("service-account.key"))?);
         let token = first_token(&settings.folder, settings.token.as_deref())?;
         let (serving, _) = serving(&tls, &authority, &settings.names)?;
+        Kept::new(files::API_SERVER, &tls, SERVING).answer_request();
         let node = settings.node.as_deref().map(|name| NodeCertificate::new(name, &authority)).transpose()?;
         let this = Arc::new(Self {
             bundle: watch::channel(authority.certificate_pem().to_string()).0,
@@ -184,7 +185,9 @@ impl ServerCertificates {
     pub fn write_kubeconfig(&self) -> Result<()> {
         let authority = self.authority();
         let (pair, _) = self.admin(&authority)?;
-        self.write_kubeconfig_of(&authority, &pair)
+        self.write_kubeconfig_of(&authority, &pair)?;
+        Kept::new(files::ADMIN, &self.tls, ADMIN).answer_request();
+        Ok(())
     }
 
     fn write_kubeconfig_of(&self, authority: &Authority, admin: &Pair) -> Result<()> {
@@ -312,6 +315,7 @@ impl ServerCertificates {
         if let Some(pair) = pass.take(Kept::new(files::ADMIN, &self.tls, ADMIN), admin) {
             pass.note("the kubeconfig", self.write_kubeconfig_of(&authority, &pair));
         }
+        pass.renewed.iter().for_each(Kept::answer_request);
         pass
     }
 
@@ -404,7 +408,7 @@ fn serving(tls: &Path, authority: &Authority, names: &[String]) -> Result<(Pair,
 }
 
 /// The pair that is kept, or a new one in its place when it is due, asked for, signed by another authority, or when
-/// `fits` refuses its names.
+/// `fits` refuses its names; whether it is new. Who asked for it is answered by the caller, when it is used.
 pub fn renewed(
     kept: &Kept,
     authority: &Authority,
@@ -430,7 +434,6 @@ pub fn renewed(
     };
     let pair = make()?;
     pair.save(&stem)?;
-    kept.answer_request();
     let until = pair.subject().map(|s| s.not_after.to_string()).unwrap_or_default();
     tracing::info!(service = kept.service, until, "certificate made: {why}");
     Ok((pair, true))

@@ -17,7 +17,8 @@ pub async fn run(args: &MemberArgs, own: &Own<'_>) -> Result<()> {
     let record = Record { name: before.name.clone(), address: own.address, others: Vec::new() };
     let lifetime = own.certificate_lifetime_seconds;
     let files = Files::of(own.folder);
-    MemberCertificate::open(files, &own.name, own.address, false, lifetime)?.renewed()?;
+    let certificate = MemberCertificate::open(files, &own.name, own.address, false, lifetime)?;
+    certificate.renewed()?;
     let program = Program::new(path, own.folder, &record, &Initial::Alone, own.is_debugged);
     let running = program.keep();
     let done = tokio::select! {
