@@ -17,7 +17,7 @@ test: prepare
 	$(CARGO) build
 	$(CARGO) test --workspace
 
-# Clusters of virtual machines (qemu's emulation, no KVM): stock Debian with systemd, amd64 and arm64. Some 20 minutes.
+# Clusters of virtual machines (qemu's emulation, no KVM): stock Debian with systemd, amd64 and arm64. Half an hour and more.
 test-vm:
 	@./.ci/prepare release
 	@./.ci/prepare vm

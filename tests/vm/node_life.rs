@@ -27,7 +27,8 @@ pub fn small_image(arch: &str, busybox: &std::path::Path) -> Result<Image> {
     Image::of_arch(arch, IMAGE, &layer(&entries)?, json!({"Env": ["PATH=/bin"], "Cmd": ["sleep", "100000"]}))
 }
 
-/// What a machine has in all places where an installation could leave something.
+/// What a machine has in all places where an installation could leave something. systemd's own come and go: credentials of
+/// its services, cgroups of its mounts (the mounts themselves are listed).
 pub fn traces(site: &Site, recipe: &Recipe) -> Result<Vec<String>> {
     let script = r#"
 find / -xdev \( -path /tmp -o -path /var/tmp -o -path /var/log/journal -o -path /root -o -path '/home/*' -o -path /var/lib/systemd \
@@ -37,8 +38,8 @@ ip -o -4 addr | awk '{print "address", $2, $4}'
 ip route | sed 's/^/route /'
 ip rule | sed 's/^/rule /'
 nft list ruleset | sed 's/^/nft /'
-awk '$2 !~ "^/run/user" {print "mount", $2}' /proc/mounts
-ls -d /sys/fs/cgroup/*/ /run/*
+awk '$2 !~ "^/run/(user|credentials)" {print "mount", $2}' /proc/mounts
+ls -d /sys/fs/cgroup/*/ /run/* | grep -v '^/sys/fs/cgroup/.*[.]mount/$'
 systemctl list-units --all --no-legend --plain | awk '/sampan/ {print "unit", $1, $4}'
 ps -eo comm | grep -x sampan | sed 's/^/process /'
 true"#;
