@@ -103,7 +103,15 @@ impl fmt::Display for JoinToken {
             write!(f, "{PREFIX}{hash}::")?;
         }
         match &self.credentials {
-            Credentials::Secret { user, secret } if user.is_empty() => f.write_str(secret),
+            // alone it might read as something else
+            Credentials::Secret { user, secret }
+                if user.is_empty()
+                    && !secret.contains(':')
+                    && !secret.starts_with(PREFIX)
+                    && BootstrapToken::parse(secret).is_none() =>
+            {
+                f.write_str(secret)
+            }
             Credentials::Secret { user, secret } => write!(f, "{user}:{secret}"),
             Credentials::Bootstrap(token) => write!(f, "{token}"),
         }
@@ -131,6 +139,8 @@ mod tests {
             (format!("K10{hash}::abcdef.0123456789abcdef"), Some(&hash), "abcdef.0123456789abcdef"),
             ("abcdef.0123456789abcdef".to_string(), None, "abcdef.0123456789abcdef"),
             ("plain".to_string(), None, "plain"),
+            ("::a".to_string(), None, ":a"),
+            (":K10x".to_string(), None, "K10x"),
         ];
         for (text, hash, bearer) in good {
             let token = JoinToken::parse(&format!(" {text}\n")).unwrap();
