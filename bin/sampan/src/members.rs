@@ -33,6 +33,7 @@ use crate::bootstrap_data::Settings;
 use crate::certificate::files::is_free;
 use crate::certificate::server::{kept_token, new_secret, write_token};
 use crate::datastore::Datastore;
+use crate::server::make_private;
 
 /// How often etcd may end while it is waited for the first time.
 const FALSE_STARTS: u32 = 3;
@@ -219,12 +220,6 @@ fn hold(folder: &Path) -> Result<OwnedFd> {
         make_private(&path)?;
     }
     is_free(&db)?.with_context(|| format!("another server uses {}", db.display()))
-}
-
-fn make_private(path: &Path) -> Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.with_context(|| format!("making {}", path.display()))
 }
 
 type Beginning = (Record, Option<Initial>, MemberCertificate);

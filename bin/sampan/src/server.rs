@@ -433,7 +433,7 @@ fn parse_ports(text: &str) -> Option<std::ops::RangeInclusive<u16>> {
     (first > 0 && first <= last).then_some(first..=last)
 }
 
-fn make_private(path: &Path) -> Result<()> {
+pub fn make_private(path: &Path) -> Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.with_context(|| format!("making {} (--data-dir names another place)", path.display()))

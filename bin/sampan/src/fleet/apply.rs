@@ -15,6 +15,7 @@ use super::install;
 use super::node::{self, Prepared, Setup, Wanted};
 use super::plan::ListedCluster;
 use super::{Unfit, Usage, join, tell};
+use crate::certificate::server::new_secret;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -103,9 +104,7 @@ async fn servers_token(args: &Args, first: &Prepared) -> Result<Option<String>> 
     if let Some(token) = kept_token(&first.host, &there).await? {
         return Ok(Some(token));
     }
-    let mut bytes = [0; 16];
-    sampan_world::random::fill(&mut bytes);
-    Ok(Some(bytes.iter().map(|b| format!("{b:02x}")).collect()))
+    Ok(Some(new_secret()))
 }
 
 /// Whether the servers are told one token, which the owner need not have chosen.
